@@ -1,0 +1,79 @@
+"""mpiddl trains PyTorch models on MPI clusters.
+
+    import mpiddl
+
+    world = mpiddl.init()
+    model = mpiddl.DataParallel(model)
+
+Names are loaded when they are first used: importing mpiddl starts no MPI and no thread.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from mpiddl.comm.world import World as World
+    from mpiddl.comm.world import init as init
+    from mpiddl.data.samplers import ShardBatchSampler as ShardBatchSampler
+    from mpiddl.data.samplers import ShardSampler as ShardSampler
+    from mpiddl.data.seeds import seed as seed
+    from mpiddl.errors import MpiddlError as MpiddlError
+    from mpiddl.overlap.calls import all_reduce as all_reduce
+    from mpiddl.overlap.calls import barrier as barrier
+    from mpiddl.overlap.calls import broadcast as broadcast
+    from mpiddl.overlap.calls import broadcast_json as broadcast_json
+    from mpiddl.overlap.calls import gather_json as gather_json
+    from mpiddl.overlap.work import Work as Work
+    from mpiddl.training import replicas as replicas
+    from mpiddl.training.data_parallel import DataParallel as DataParallel
+
+_HOMES = {
+    "DataParallel": "mpiddl.training.data_parallel",
+    "MpiddlError": "mpiddl.errors",
+    "ShardBatchSampler": "mpiddl.data.samplers",
+    "ShardSampler": "mpiddl.data.samplers",
+    "Work": "mpiddl.overlap.work",
+    "World": "mpiddl.comm.world",
+    "all_reduce": "mpiddl.overlap.calls",
+    "barrier": "mpiddl.overlap.calls",
+    "broadcast": "mpiddl.overlap.calls",
+    "broadcast_json": "mpiddl.overlap.calls",
+    "gather_json": "mpiddl.overlap.calls",
+    "init": "mpiddl.comm.world",
+    "replicas": "mpiddl.training.replicas",
+    "seed": "mpiddl.data.seeds",
+}
+
+__all__ = [
+    "DataParallel",
+    "MpiddlError",
+    "ShardBatchSampler",
+    "ShardSampler",
+    "Work",
+    "World",
+    "all_reduce",
+    "barrier",
+    "broadcast",
+    "broadcast_json",
+    "gather_json",
+    "init",
+    "replicas",
+    "seed",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mpiddl' has no attribute {name!r}")
+    home = importlib.import_module(_HOMES[name])
+    value = home if home.__name__.endswith(f".{name}") else getattr(home, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

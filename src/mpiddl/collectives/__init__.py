@@ -1,0 +1,1 @@
+"""Collectives as generators of waits, one algorithm a file. Nothing here knows threads."""

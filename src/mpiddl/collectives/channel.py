@@ -1,0 +1,57 @@
+"""Buffers from one rank to another: messages that share a tag."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from mpiddl.comm.messages import Messages
+from mpiddl.comm.world import World
+from mpiddl.devices.base import Buffer
+from mpiddl.waits import Wait
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+__all__ = ["Channel", "bytes_of"]
+
+
+class Channel:
+    """One collective's messages, kept apart from all others by their tag.
+
+    Two collectives on one channel must not overlap; one after the other is fine, since
+    messages of a tag between two ranks keep their order.
+
+    Args:
+        world: The ranks.
+        tag: From ``world.tags``.
+        library_comm: For algorithms that the MPI library runs; default the world's own.
+    """
+
+    __slots__ = ("library_comm", "messages", "rank", "size", "tag")
+
+    def __init__(self, world: World, tag: int, library_comm: MPI.Comm | None = None) -> None:
+        self.library_comm = library_comm or world.library_comm
+        self.messages: Messages = world.messages
+        self.tag = tag
+        self.rank = world.rank
+        self.size = world.size
+
+    def send(self, buffer: Buffer, peer: int) -> Wait:
+        """``buffer`` must stay as it is until the wait is done."""
+        return self.messages.send(buffer.data_ptr(), buffer.nbytes, peer, self.tag)
+
+    def receive(self, buffer: Buffer, peer: int) -> Wait:
+        """``buffer`` holds what ``peer`` sent once the wait is done."""
+        return self.messages.receive(buffer.data_ptr(), buffer.nbytes, peer, self.tag)
+
+
+def bytes_of(tensor: torch.Tensor) -> Buffer:
+    """A dense tensor's memory, whatever its dtype and order of dimensions, as bytes.
+
+    Raises:
+        ValueError: The elements are not one gapless piece of memory.
+    """
+    flat = tensor.as_strided((tensor.numel(),), (1,))
+    return flat.view(torch.uint8)

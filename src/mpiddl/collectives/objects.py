@@ -1,0 +1,58 @@
+"""Small objects between ranks, as JSON: nothing that arrives is ever executed or unpickled."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+from mpiddl.collectives.broadcast import broadcast
+from mpiddl.collectives.channel import Channel
+from mpiddl.waits import AllOf, Waits
+
+__all__ = ["broadcast_json", "gather_json"]
+
+CHUNK_BYTES = 1 << 20
+
+
+def _encode(value: Any) -> torch.Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def _decode(text: torch.Tensor) -> Any:
+    return json.loads(text.numpy().tobytes())
+
+
+def broadcast_json(value: Any, root: int, channel: Channel) -> Waits[Any]:
+    """Rank ``root``'s value on every rank."""
+    mine = channel.rank == root
+    text = _encode(value) if mine else torch.empty(0, dtype=torch.uint8)
+    length = torch.tensor([len(text)])
+    yield from broadcast(length, root, channel, CHUNK_BYTES)
+    if not mine:
+        text = torch.empty(int(length), dtype=torch.uint8)
+    yield from broadcast(text, root, channel, CHUNK_BYTES)
+    return _decode(text)
+
+
+def gather_json(value: Any, root: int | None, channel: Channel) -> Waits[list[Any] | None]:
+    """Every rank's value in rank order, on rank ``root`` (None elsewhere) or, for None, on all."""
+    hub = root or 0
+    text = _encode(value)
+    if channel.rank != hub:
+        length = torch.tensor([len(text)])
+        yield AllOf([channel.send(length, hub), channel.send(text, hub)])
+        if root is None:
+            return list((yield from broadcast_json(None, hub, channel)))
+        return None
+    peers = [peer for peer in range(channel.size) if peer != hub]
+    lengths = torch.zeros(channel.size, dtype=torch.int64)
+    yield AllOf(channel.receive(lengths[peer : peer + 1], peer) for peer in peers)
+    texts = [torch.empty(int(length), dtype=torch.uint8) for length in lengths]
+    yield AllOf(channel.receive(texts[peer], peer) for peer in peers)
+    texts[hub] = text
+    values = [_decode(text) for text in texts]
+    if root is None:
+        yield from broadcast_json(values, hub, channel)
+    return values

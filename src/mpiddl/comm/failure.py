@@ -1,0 +1,131 @@
+"""A rank that fails takes the job down at once, with rank, host and traceback.
+
+Without this, the other ranks of an MPI job wait for ever for the one that raised (MPICH, Intel
+MPI) or for the one that left with ``sys.exit(3)`` (all of them).
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
+
+from mpiddl.log import logger
+
+__all__ = ["install"]
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+_SHARED_MEMORY = re.compile(r"\s(/dev/shm/(?:mpich_shm_|sm_segment\.|vader_segment\.)\S*)$", re.M)
+
+_installed = False
+_exit_code: object = None  # what the sys.exit that ended the program was called with
+
+
+class _Exit(SystemExit):
+    """A ``SystemExit`` that notices whether it ended the program.
+
+    Neither excepthook nor atexit is told the status. But an exception that nobody caught is
+    freed by the interpreter itself, when no Python code is running any more; one that was
+    caught is freed under the frame that caught it.
+    """
+
+    def __del__(self) -> None:
+        global _exit_code
+        if sys._getframe().f_back is None:
+            _exit_code = self.code
+
+
+def _exit(code: object = None, /) -> NoReturn:
+    """``sys.exit`` that lets the other ranks know."""
+    raise _Exit() if code is None else _Exit(code)
+
+
+def _status(code: object) -> int:
+    """The process status that Python makes of ``sys.exit(code)``."""
+    if code is None:
+        return 0
+    return code & 0xFF if isinstance(code, int) else 1
+
+
+def install(rank: int, size: int, hostname: str, abort: Callable[[int], None]) -> None:
+    """Wrap ``sys.excepthook`` and ``sys.exit`` of this process; once, however often called.
+
+    Args:
+        rank: World rank, for the message.
+        size: World size. With one rank there is no job to end: Python's own behaviour stays.
+        hostname: For the message.
+        abort: Ends all ranks with the given status; does not return.
+    """
+    global _installed
+    if _installed:
+        return
+    _installed = True
+    owner = os.getpid()
+    os.register_at_fork(before=_ForkWarning(owner))
+    if size == 1:
+        return
+    name = f"rank {rank} of {size} on {hostname}"
+    inherited = sys.excepthook
+
+    def end(message: str, status: int) -> None:
+        with contextlib.suppress(OSError, ValueError):  # a closed pipe must not keep the job up
+            sys.stdout.flush()
+            sys.stderr.write(message)
+            sys.stderr.flush()
+        _remove_shared_memory_files()
+        abort(status)
+
+    def hook(
+        kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        if os.getpid() != owner:  # a forked child is no rank
+            inherited(kind, error, trace)
+        elif issubclass(kind, KeyboardInterrupt):
+            end(f"mpiddl: {name} was interrupted; ending the job\n", INTERRUPTED)
+        else:
+            lines = "".join(traceback.format_exception(kind, error, trace))
+            end(f"mpiddl: {name} failed; ending the job\n{lines}", 1)
+
+    def at_exit() -> None:
+        status = _status(_exit_code)
+        if status != 0 and os.getpid() == owner:
+            end(f"mpiddl: {name} exited with status {status}; ending the job\n", status)
+
+    sys.excepthook = hook
+    sys.exit = _exit
+    atexit.register(at_exit)
+
+
+def _remove_shared_memory_files() -> None:
+    """Unlink the MPI library's files in /dev/shm, which MPICH's abort leaves behind."""
+    with contextlib.suppress(OSError):
+        mapped = set(_SHARED_MEMORY.findall(Path("/proc/self/maps").read_text()))
+        for path in mapped:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+
+
+class _ForkWarning:
+    """Warns once when this process forks: a forked child shares MPI's connections."""
+
+    def __init__(self, owner: int) -> None:
+        self._owner = owner
+        self._warned = False
+
+    def __call__(self) -> None:
+        if self._warned or os.getpid() != self._owner:
+            return
+        self._warned = True
+        logger.warning(
+            "this process forks after mpiddl.init(); a forked child shares MPI's connections and "
+            "can corrupt them. Start workers with another method, for example "
+            "DataLoader(..., multiprocessing_context='forkserver')"
+        )

@@ -1,0 +1,137 @@
+"""What mpirun, srun and their kin put in the environment, read before MPI is started.
+
+Needed early: the number of ranks on this node decides settings that MPI reads when it loads,
+usage errors are printed by one rank only, and a job whose launcher and MPI library do not
+belong together must be recognised (every process would train alone, in silence).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mpiddl.errors import SingletonError
+
+__all__ = ["Launch", "read_launch", "refuse_singleton"]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher announced; ``None`` where it says nothing."""
+
+    launcher: str | None = None
+    rank: int | None = None
+    size: int | None = None
+    local_rank: int | None = None
+    local_size: int | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process should speak for the job before MPI is up."""
+        return self.rank in (None, 0)
+
+
+@dataclass(frozen=True)
+class _Variables:
+    launcher: str
+    rank: str
+    size: str
+    local_rank: str
+    local_size: str
+
+
+# The order matters. mpirun inside an sbatch script sees Slurm's variables too, and they describe
+# the allocation, so Slurm comes last. Its own SLURM_NTASKS is set in every salloc and sbatch
+# shell; SLURM_STEP_NUM_TASKS only where srun started the process.
+_LAUNCHERS = (
+    _Variables(
+        "Open MPI's mpirun",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+    _Variables(
+        "MVAPICH's mpirun",
+        "MV2_COMM_WORLD_RANK",
+        "MV2_COMM_WORLD_SIZE",
+        "MV2_COMM_WORLD_LOCAL_RANK",
+        "MV2_COMM_WORLD_LOCAL_SIZE",
+    ),
+    _Variables(
+        "MVAPICH's mpirun",
+        "MVP_COMM_WORLD_RANK",
+        "MVP_COMM_WORLD_SIZE",
+        "MVP_COMM_WORLD_LOCAL_RANK",
+        "MVP_COMM_WORLD_LOCAL_SIZE",
+    ),
+    _Variables("mpiexec (PMI)", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    _Variables("PALS", "PALS_RANKID", "PALS_SIZE", "PALS_LOCAL_RANKID", "PALS_LOCAL_SIZE"),
+    _Variables("Flux", "FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_LOCAL_ID", ""),
+    _Variables("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ""),
+)
+
+
+def _number(environ: Mapping[str, str], *names: str) -> int | None:
+    """The first of ``names`` that holds a whole number."""
+    for name in names:
+        text = environ.get(name, "")
+        if text.isdigit():
+            return int(text)
+    return None
+
+
+def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
+    """Rank, size, local rank and local size as the launcher announced them.
+
+    A plain ``python script.py`` in an sbatch or salloc shell is no launch: nothing announced.
+    """
+    for names in _LAUNCHERS:
+        rank, size = _number(environ, names.rank), _number(environ, names.size)
+        if rank is None or (size is None and names.launcher == "srun"):
+            continue
+        # A PMI server (srun --mpi=pmi2, Flux, PALS) may set PMI_RANK and leave the local rank to
+        # the launcher around it.
+        local = (names.local_rank, *(other.local_rank for other in _LAUNCHERS))
+        return Launch(
+            launcher=names.launcher,
+            rank=rank,
+            size=size,
+            local_rank=_number(environ, *local),
+            local_size=_number(environ, names.local_size, "MPI_LOCALNRANKS"),
+        )
+    return Launch()
+
+
+def refuse_singleton(launch: Launch, world_size: int, library: str) -> None:
+    """Stop a job in which every process would train alone.
+
+    Args:
+        launch: What the launcher announced.
+        world_size: Size of MPI_COMM_WORLD.
+        library: Name and version of the MPI library that was loaded.
+
+    Raises:
+        SingletonError: The launcher announced several ranks and MPI found one.
+    """
+    if world_size == 1 and launch.launcher is not None and (launch.size or 1) > 1:
+        remedy = _right_command(launch.launcher, library, launch.size or 1)
+        raise SingletonError(launch.launcher, launch.size or 1, library, remedy)
+
+
+def _right_command(launcher: str, library: str, size: int) -> str:
+    is_open_mpi = "Open MPI" in library
+    if launcher == "srun":
+        plugin = "pmix" if is_open_mpi else "pmi2"
+        return (
+            f"Start it with `srun --mpi={plugin} -n {size} python ...` (`srun --mpi=list` shows "
+            f"what this Slurm offers), or with `mpirun -n {size} python ...` inside sbatch."
+        )
+    program = "mpirun" if is_open_mpi else "mpiexec"
+    family = library.split(" v")[0].split(" Version")[0]
+    return (
+        f"Start it with the {program} that belongs to {family}: `{program} -n {size} python ...` "
+        "(its full path, if several are installed), or load the launcher's own MPI library "
+        "(MPI4PY_LIBMPI=/path/to/libmpi.so). `mpiddl doctor` shows both."
+    )

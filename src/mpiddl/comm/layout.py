@@ -1,0 +1,81 @@
+"""Which ranks share a node, and how many cores each has."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+__all__ = ["Layout", "cores_per_rank", "exchange", "find_layout"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a rank is in its node, and its node among all.
+
+    Attributes:
+        local_rank: This rank among those of its node, in the order of ranks.
+        local_size: Ranks on this node.
+        node_rank: This node among all, in the order of their lowest ranks.
+        num_nodes: Number of nodes.
+        cores: Cores that this rank can count as its own, at least 1.
+    """
+
+    local_rank: int
+    local_size: int
+    node_rank: int
+    num_nodes: int
+    cores: int
+
+
+def exchange(comm: MPI.Comm, value: Any) -> list[Any]:
+    """Every rank's ``value`` (plain JSON), in rank order; for use while a world is made."""
+    from mpi4py import MPI
+
+    text = json.dumps(value).encode()
+    lengths = bytearray(8 * comm.Get_size())
+    comm.Allgather([len(text).to_bytes(8, "little"), MPI.BYTE], [lengths, MPI.BYTE])
+    counts = [
+        int.from_bytes(lengths[start : start + 8], "little") for start in range(0, len(lengths), 8)
+    ]
+    texts = bytearray(sum(counts))
+    comm.Allgatherv([text, MPI.BYTE], [texts, counts, MPI.BYTE])
+    stops = [sum(counts[: rank + 1]) for rank in range(len(counts))]
+    return [
+        json.loads(texts[stop - count : stop]) for stop, count in zip(stops, counts, strict=True)
+    ]
+
+
+def find_layout(comm: MPI.Comm) -> Layout:
+    """Ask MPI which ranks can share memory. Collective over ``comm``."""
+    from mpi4py import MPI
+
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.Get_rank())
+    local_rank, local_size = node.Get_rank(), node.Get_size()
+    affinities = exchange(node, sorted(os.sched_getaffinity(0)))
+    lowest = exchange(node, comm.Get_rank())[0]
+    node.Free()
+    nodes = sorted(set(exchange(comm, lowest)))
+    return Layout(
+        local_rank=local_rank,
+        local_size=local_size,
+        node_rank=nodes.index(lowest),
+        num_nodes=len(nodes),
+        cores=cores_per_rank(affinities, local_rank),
+    )
+
+
+def cores_per_rank(affinities: list[list[int]], local_rank: int) -> int:
+    """Cores that rank ``local_rank`` of a node can count as its own; at least 1.
+
+    Args:
+        affinities: The cores each rank of the node may run on. A launcher that binds gives
+            disjoint lists; without binding every rank may run everywhere, and they share.
+    """
+    mine = set(affinities[local_rank])
+    sharers = sum(1 for other in affinities if mine & set(other))
+    return max(1, len(mine) // sharers)

@@ -1,0 +1,97 @@
+"""Raw bytes from one rank to another, as Waits.
+
+MPI moves bytes and nothing else (``MPI.BYTE`` on raw addresses): every dtype, and later GPU
+memory, travels the same way, and adding is ours. Messages of one tag between two ranks
+arrive in the order in which they were sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from mpiddl.segments import chunked
+from mpiddl.waits import ALREADY, AllOf, Wait
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+__all__ = ["LARGEST_MESSAGE", "Messages", "RequestWait", "Tags"]
+
+LARGEST_MESSAGE = 1 << 30
+"""Bytes per MPI message: counts stay below 2**31 on every MPI."""
+
+
+class RequestWait:
+    """Done when an MPI request is complete."""
+
+    __slots__ = ("done",)
+
+    def __init__(self, request: MPI.Request) -> None:
+        self.done: Callable[[], bool] = request.Test
+
+
+class Messages:
+    """Non-blocking byte messages on one private communicator."""
+
+    def __init__(self, comm: MPI.Comm) -> None:
+        from mpi4py import MPI
+
+        self._comm = comm
+        self._byte = MPI.BYTE
+        self._memory = MPI.memory.fromaddress
+        self.rank: int = comm.Get_rank()
+        self.size: int = comm.Get_size()
+
+    def send(self, address: int, nbytes: int, peer: int, tag: int) -> Wait:
+        """Send ``nbytes`` from ``address``; they must stay as they are until the wait is done."""
+        return self._start(self._comm.Isend, address, nbytes, peer, tag)
+
+    def receive(self, address: int, nbytes: int, peer: int, tag: int) -> Wait:
+        """Receive ``nbytes`` into ``address``; they may be read once the wait is done."""
+        return self._start(self._comm.Irecv, address, nbytes, peer, tag)
+
+    def _start(
+        self, start: Callable[..., MPI.Request], address: int, nbytes: int, peer: int, tag: int
+    ) -> Wait:
+        if nbytes <= LARGEST_MESSAGE:
+            if nbytes == 0:  # both sides know the length: nothing to say
+                return ALREADY
+            return RequestWait(start([self._memory(address, nbytes), self._byte], peer, tag))
+        pieces = chunked(slice(0, nbytes), LARGEST_MESSAGE)
+        return AllOf(
+            self._start(start, address + piece.start, piece.stop - piece.start, peer, tag)
+            for piece in pieces
+        )
+
+
+class Tags:
+    """Message tags of one communicator; every rank must allot in the same order.
+
+    Collectives that users start take short-lived tags in turn; a gradient bucket keeps its own.
+    The standard grants tags up to 32767.
+    """
+
+    FOREGROUND = 8192
+    LARGEST = 32767
+
+    def __init__(self) -> None:
+        self._next_foreground = 0
+        self._next_kept = self.FOREGROUND
+
+    def foreground(self) -> int:
+        """A tag for one collective. It is used again after 8,192 others."""
+        tag = self._next_foreground
+        self._next_foreground = (tag + 1) % self.FOREGROUND
+        return tag
+
+    def keep(self, count: int) -> range:
+        """``count`` tags for as long as the world lives."""
+        tags = range(self._next_kept, self._next_kept + count)
+        if tags.stop > self.LARGEST + 1:
+            raise RuntimeError(
+                f"all {self.LARGEST + 1 - self.FOREGROUND} tags for gradient buckets are in use; "
+                "use larger buckets, or a world.split() for some of the models"
+            )
+        self._next_kept = tags.stop
+        return tags

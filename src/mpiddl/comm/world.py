@@ -1,0 +1,263 @@
+"""The ranks of a job, or of a part of it, and their private communicators."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from mpiddl.comm import failure, launchers, library
+from mpiddl.comm.layout import exchange, find_layout
+from mpiddl.comm.messages import Messages, Tags
+from mpiddl.errors import LaunchError, NotInitializedError
+from mpiddl.log import logger, name_rank
+from mpiddl.settings import Settings, read
+
+if TYPE_CHECKING:
+    import torch
+    from mpi4py import MPI
+
+__all__ = ["World", "current_world", "init"]
+
+
+class World:
+    """The ranks that train together.
+
+    Holds private duplicates of the communicator it was given, so that its messages never meet
+    those of the user or of another library. Made by ``mpiddl.init()`` and ``world.split()``.
+    Usable as a context manager; leaving it closes the world.
+
+    Attributes:
+        rank: This process among all, ``0 <= rank < size``.
+        size: Number of ranks (the world size).
+        local_rank: This process among those of its node.
+        local_size: Ranks on this node.
+        node_rank: This node among all, in the order of their lowest ranks.
+        num_nodes: Number of nodes.
+        hostname: Name of this node.
+        device: Where tensors of this rank belong.
+        layout: The four above, and the cores of this rank.
+        launch: What the launcher announced.
+        settings: The MPIDDL_* settings of rank 0, the same on every rank.
+        messages: Byte messages between the ranks.
+        tags: Allots the messages' tags.
+        library_comm: Communicator for the MPI library's own collectives.
+    """
+
+    def __init__(
+        self,
+        comm: MPI.Comm,
+        launch: launchers.Launch,
+        settings: Settings,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self._comm = comm.Dup()
+        self.library_comm = comm.Dup()
+        self.launch = launch
+        self.rank: int = self._comm.Get_rank()
+        self.size: int = self._comm.Get_size()
+        self.hostname = socket.gethostname()
+        self.messages = Messages(self._comm)
+        self.tags = Tags()
+        self._device = device
+        self._at_close: list[Callable[[], None]] = []
+        self._closed = False
+        self.layout = find_layout(self._comm)
+        # Rank 0's word counts: ranks that chose differently would wait for each other for ever.
+        self.settings = Settings(**exchange(self._comm, dataclasses.asdict(settings))[0])
+
+    @property
+    def allows_threads(self) -> bool:
+        """Whether threads may take turns in calling MPI."""
+        from mpi4py import MPI
+
+        return MPI.Query_thread() >= MPI.THREAD_SERIALIZED
+
+    @property
+    def local_rank(self) -> int:
+        return self.layout.local_rank
+
+    @property
+    def local_size(self) -> int:
+        return self.layout.local_size
+
+    @property
+    def node_rank(self) -> int:
+        return self.layout.node_rank
+
+    @property
+    def num_nodes(self) -> int:
+        return self.layout.num_nodes
+
+    @property
+    def device(self) -> torch.device:
+        import torch
+
+        return torch.device(self._device)
+
+    def split(self, color: int | None, key: int = 0) -> World | None:
+        """The ranks that gave the same ``color``, as a world of their own.
+
+        Collective: every rank of this world calls it. Ranks are ordered by ``key``, then by
+        their rank here. ``color=None`` takes no part and gets ``None``.
+
+        Raises:
+            ValueError: ``color`` is negative.
+        """
+        from mpi4py import MPI
+
+        self.check_open()
+        if color is not None and color < 0:
+            raise ValueError(f"color must not be negative, got {color}; None takes no part")
+        part = self._comm.Split(MPI.UNDEFINED if color is None else color, key)
+        if color is None:
+            return None
+        group = World(part, self.launch, self.settings, self._device)
+        part.Free()
+        return group
+
+    def has_ranks_of(self, comm: MPI.Comm) -> bool:
+        """Whether ``comm`` holds the same ranks in the same order."""
+        from mpi4py import MPI
+
+        return comm.Compare(self._comm) in (MPI.IDENT, MPI.CONGRUENT)
+
+    def new_library_comm(self) -> MPI.Comm:
+        """One more communicator for the MPI library's collectives. Collective; freed by close."""
+        comm = self._comm.Dup()
+        self.at_close(comm.Free)
+        return comm
+
+    def check_open(self) -> None:
+        """Raise NotInitializedError if the world was closed."""
+        if self._closed:
+            raise NotInitializedError("this world was closed; call mpiddl.init() again")
+
+    def at_close(self, action: Callable[[], None]) -> None:
+        """Call ``action`` before the communicators go; last come, first served."""
+        self._at_close.append(action)
+
+    def close(self) -> None:
+        """Stop what runs on this world and free its communicators. Collective; idempotent."""
+        global _current
+        if self._closed:
+            return
+        while self._at_close:
+            self._at_close.pop()()
+        self._closed = True
+        self._comm.Free()
+        self.library_comm.Free()
+        if _current is self:
+            _current = None
+
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # After an exception the other ranks are not here: a collective close would hang.
+        if kind is None:
+            self.close()
+
+    def __repr__(self) -> str:
+        return (
+            f"World(rank={self.rank}, size={self.size}, local_rank={self.local_rank}, "
+            f"node_rank={self.node_rank}, hostname={self.hostname!r})"
+        )
+
+
+_current: World | None = None
+
+
+def init(comm: MPI.Comm | None = None, *, device: str | torch.device | None = None) -> World:
+    """Join the job: start MPI if nobody has, and return this rank's ``World``.
+
+    Collective over ``comm``. Idempotent: later calls return the same world.
+
+    Args:
+        comm: An mpi4py communicator to duplicate; default MPI.COMM_WORLD.
+        device: Where tensors of this rank belong; default the CPU (collectives on GPU tensors
+            are not there yet).
+
+    Raises:
+        NoMpiError: No MPI library could be loaded.
+        SingletonError: The launcher announced several ranks and MPI found one.
+        LaunchError: Called in a data loader's worker or another child process.
+        SettingsError: An MPIDDL_* variable is unknown or has a bad value.
+    """
+    global _current
+    _refuse_child_process()
+    if _current is not None:
+        if comm is not None and not _current.has_ranks_of(comm):
+            raise LaunchError("mpiddl.init() was called before with another communicator")
+        return _current
+    settings = read(os.environ)
+    launch = launchers.read_launch()
+    MPI = library.load(launch)
+    name = library.library_name(MPI.Get_library_version())
+    launchers.refuse_singleton(launch, MPI.COMM_WORLD.Get_size(), name)
+
+    everyone = MPI.COMM_WORLD
+    failure.install(
+        everyone.Get_rank(), everyone.Get_size(), socket.gethostname(), everyone.Abort
+    )
+    name_rank(everyone.Get_rank())
+    world = World(comm or everyone, launch, settings, device or "cpu")
+    if launch.local_rank not in (None, world.local_rank) and comm is None:
+        logger.warning(
+            "%s announced local rank %d, shared memory says %d; the latter counts",
+            launch.launcher,
+            launch.local_rank,
+            world.local_rank,
+        )
+    _limit_torch_threads(world.layout.cores)
+    _current = world
+    return world
+
+
+def current_world() -> World:
+    """The world that ``mpiddl.init()`` made.
+
+    Raises:
+        NotInitializedError: There is none.
+    """
+    if _current is None:
+        raise NotInitializedError("call mpiddl.init() first, on every rank")
+    return _current
+
+
+def _limit_torch_threads(cores: int) -> None:
+    """Give torch one thread a core, unless OMP_NUM_THREADS says otherwise.
+
+    Left alone, every rank starts a thread for each core it may run on: four unbound ranks on a
+    node of 64 cores would run 256 threads.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    import torch
+
+    if torch.get_num_threads() > cores:
+        torch.set_num_threads(cores)
+
+
+_owner = os.getpid()
+
+
+def _refuse_child_process() -> None:
+    """MPI belongs to the process that the launcher started."""
+    torch_data = sys.modules.get("torch.utils.data")
+    if torch_data is not None and torch_data.get_worker_info() is not None:
+        where = "a DataLoader worker"
+    elif multiprocessing.parent_process() is not None:
+        where = "a multiprocessing child"
+    elif _current is not None and os.getpid() != _owner:
+        where = "a forked child of a rank"
+    else:
+        return
+    raise LaunchError(
+        f"mpiddl.init() was called in {where}; call it in the main process of each rank only, "
+        "under `if __name__ == '__main__':`, and keep it out of modules that the data set imports"
+    )

@@ -1,0 +1,1 @@
+"""Which sample goes to which rank, and in what order."""

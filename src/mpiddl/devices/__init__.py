@@ -1,0 +1,1 @@
+"""All that differs between CPU and GPU memory, behind one protocol."""

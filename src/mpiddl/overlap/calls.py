@@ -1,0 +1,205 @@
+"""The collectives as users call them: torch or numpy, blocking or not, checked before they start."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import numpy
+import torch
+
+from mpiddl.buckets.agreement import odd_ones
+from mpiddl.collectives import barrier as barriers
+from mpiddl.collectives import broadcast as broadcasts
+from mpiddl.collectives import objects
+from mpiddl.collectives.channel import Channel, bytes_of
+from mpiddl.collectives.choose import choose
+from mpiddl.collectives.reduction import DTYPES, reduction_of
+from mpiddl.comm.world import World, current_world
+from mpiddl.devices.base import Buffer
+from mpiddl.devices.host import HOST
+from mpiddl.errors import MismatchError, UnsupportedBufferError
+from mpiddl.overlap.engine import engine_of
+from mpiddl.overlap.work import Work
+
+__all__ = ["all_reduce", "barrier", "broadcast", "broadcast_json", "gather_json"]
+
+TensorOrArray = TypeVar("TensorOrArray", torch.Tensor, numpy.ndarray[Any, Any])
+
+
+def all_reduce(
+    tensor: TensorOrArray,
+    op: str = "sum",
+    *,
+    algorithm: str | None = None,
+    async_: bool = False,
+    world: World | None = None,
+    check: bool | None = None,
+) -> TensorOrArray | Work:
+    """Reduce ``tensor`` over all ranks, in place. Every rank ends with the same bits.
+
+    Args:
+        tensor: A contiguous CPU tensor or numpy array; the same shape and dtype on every rank.
+        op: ``sum``, ``mean`` (of floats), ``min``, ``max`` or ``prod``. NaN spreads.
+        algorithm: ``auto``, ``ring``, ``library`` or ``reference``; default MPIDDL_ALGORITHM,
+            else ``auto``.
+        async_: Return a ``Work`` at once; ``tensor`` must be left alone until its ``wait()``
+            returns. Collectives are started in the same order on every rank, and may be waited
+            for in any.
+        world: The ranks that take part; default those of ``mpiddl.init()``.
+        check: Compare the call between ranks first, so that a mistake is an error on every rank
+            and not a hang; default MPIDDL_CHECK.
+
+    Returns:
+        ``tensor``, or a ``Work`` whose ``wait()`` returns it.
+
+    Raises:
+        ValueError: Unknown ``op`` or ``algorithm``.
+        UnsupportedBufferError: Not contiguous, not in host memory, or a dtype or op that cannot
+            be reduced.
+        MismatchError: With ``check``: ranks passed different shapes, dtypes, ops or algorithms.
+    """
+    world = world or current_world()
+    algorithm = algorithm or world.settings.algorithm
+    check = world.settings.check if check is None else check
+    problem = None
+    try:
+        buffer = _flat(tensor)
+        reduction = reduction_of(op, buffer.dtype, world.size)
+        chosen = choose(algorithm, buffer.dtype)
+    except (ValueError, TypeError) as error:
+        problem = error
+    if check:
+        what = f"all_reduce(op={op!r}, algorithm={algorithm!r}) of {_describe(tensor)}"
+        _check_call(what, problem, world)
+    if problem is not None:
+        raise problem
+    channel = Channel(world, world.tags.foreground())
+    waits = chosen.run(buffer, reduction, channel, HOST, world.settings.chunk_size)
+    work = engine_of(world).submit(waits, result=tensor)
+    return work if async_ else work.wait()
+
+
+def broadcast(
+    tensor: TensorOrArray,
+    root: int = 0,
+    *,
+    async_: bool = False,
+    world: World | None = None,
+    check: bool | None = None,
+) -> TensorOrArray | Work:
+    """Overwrite ``tensor`` on every rank with rank ``root``'s.
+
+    Arguments, result and errors as for ``all_reduce``; any dtype will do.
+
+    Raises:
+        ValueError: ``root`` is no rank.
+    """
+    world = world or current_world()
+    check = world.settings.check if check is None else check
+    problem = None
+    try:
+        buffer = _flat(tensor, any_dtype=True)
+        if not 0 <= root < world.size:
+            raise ValueError(f"root {root} is no rank of a world of {world.size}")
+    except (ValueError, TypeError) as error:
+        problem = error
+    if check:
+        _check_call(f"broadcast(root={root}) of {_describe(tensor)}", problem, world)
+    if problem is not None:
+        raise problem
+    channel = Channel(world, world.tags.foreground())
+    waits = broadcasts.broadcast(bytes_of(buffer), root, channel, world.settings.chunk_size)
+    work = engine_of(world).submit(waits, result=tensor)
+    return work if async_ else work.wait()
+
+
+def barrier(*, world: World | None = None) -> None:
+    """Return once every rank has called it."""
+    world = world or current_world()
+    engine_of(world).run(barriers.barrier(Channel(world, world.tags.foreground())))
+
+
+def broadcast_json(value: Any, root: int = 0, *, world: World | None = None) -> Any:
+    """Rank ``root``'s value on every rank, through JSON: no pickle, so nothing is executed.
+
+    For small things. Tuples come back as lists.
+
+    Raises:
+        TypeError: The value is not JSON.
+    """
+    world = world or current_world()
+    channel = Channel(world, world.tags.foreground())
+    return engine_of(world).run(objects.broadcast_json(value, root, channel))
+
+
+def gather_json(value: Any, root: int | None = None, *, world: World | None = None) -> Any:
+    """A list of every rank's value, in rank order, through JSON as in ``broadcast_json``.
+
+    Args:
+        value: Numbers, strings, lists, dictionaries, None.
+        root: The rank that gets the list (the others get None); default every rank.
+    """
+    world = world or current_world()
+    channel = Channel(world, world.tags.foreground())
+    return engine_of(world).run(objects.gather_json(value, root, channel))
+
+
+def _flat(tensor: Any, any_dtype: bool = False) -> Buffer:
+    """The memory of a user's tensor or array as a 1-D tensor, or an error that says what to do."""
+    if isinstance(tensor, numpy.ndarray):
+        if not tensor.flags.writeable:
+            raise UnsupportedBufferError("a read-only array; the result is written in place")
+        if not tensor.flags.c_contiguous:
+            raise UnsupportedBufferError(
+                f"a non-contiguous array (shape {tensor.shape}, strides {tensor.strides}); pass "
+                "numpy.ascontiguousarray(array) and copy the result back"
+            )
+        try:
+            tensor = torch.from_numpy(tensor)
+        except (TypeError, ValueError):
+            raise UnsupportedBufferError(_bad_dtype(tensor.dtype)) from None
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"expected a torch tensor or a numpy array, got {type(tensor).__name__}")
+    if tensor.device.type != "cpu":
+        raise UnsupportedBufferError(
+            f"a tensor on {tensor.device}; only host memory can be reduced so far. Pass "
+            "tensor.cpu() and copy the result back"
+        )
+    if tensor.layout is not torch.strided:
+        raise UnsupportedBufferError(f"a {tensor.layout} tensor; pass tensor.to_dense()")
+    if not tensor.is_contiguous():
+        raise UnsupportedBufferError(
+            f"a non-contiguous tensor (shape {tuple(tensor.shape)}, strides {tensor.stride()}); "
+            "pass tensor.contiguous() and copy the result back"
+        )
+    if not any_dtype and tensor.dtype not in DTYPES:
+        raise UnsupportedBufferError(_bad_dtype(tensor.dtype))
+    return tensor.detach().view(-1)
+
+
+def _bad_dtype(dtype: object) -> str:
+    listed = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
+    return f"{dtype} cannot be reduced; valid are {listed}"
+
+
+def _describe(tensor: Any) -> str:
+    dtype = getattr(tensor, "dtype", type(tensor).__name__)
+    return f"{str(dtype).removeprefix('torch.')}{list(getattr(tensor, 'shape', []))}"
+
+
+def _check_call(what: str, problem: Exception | None, world: World) -> None:
+    """Compare a call between ranks; the same error on all of them if it cannot be."""
+    calls = gather_json([what, str(problem) if problem else None], world=world)
+    failed = [rank for rank, (_, reason) in enumerate(calls) if reason]
+    if failed and problem is None:
+        raise MismatchError(f"rank {failed[0]} could not take part: {calls[failed[0]][1]}")
+    descriptions = [description for description, _ in calls]
+    odd = odd_ones(descriptions)
+    if odd and problem is None:
+        usual = next(rank for rank in range(world.size) if rank not in odd)
+        raise MismatchError(
+            f"ranks called different collectives: {descriptions[odd[0]]} on rank "
+            f"{', '.join(map(str, odd))}, {descriptions[usual]} on rank {usual}; every rank must "
+            "pass the same shape, dtype, op and algorithm"
+        )
+

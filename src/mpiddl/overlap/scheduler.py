@@ -1,0 +1,114 @@
+"""From ready gradients to reduced buckets: what is ready flies, nothing waits for an order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from mpiddl.buckets.bucket import Bucket, State
+from mpiddl.errors import GradientError
+from mpiddl.overlap.engine import Engine
+from mpiddl.overlap.work import Work
+from mpiddl.waits import Waits
+
+__all__ = ["Scheduler"]
+
+
+class Scheduler:
+    """Launches each bucket as soon as its last gradient is there.
+
+    Args:
+        buckets: In plan order.
+        names: The parameters' names, in model order, for errors.
+        reduce: Makes the all-reduce of bucket ``number`` with this rank's weight in the sum.
+        ordered: Launch strictly in plan order, for algorithms that a library runs.
+        engine: Drives what was launched.
+    """
+
+    def __init__(
+        self,
+        buckets: Sequence[Bucket],
+        names: Sequence[str],
+        reduce: Callable[[int, float], Waits[None]],
+        ordered: bool,
+        engine: Engine,
+    ) -> None:
+        self._buckets = buckets
+        self._names = names
+        self._reduce = reduce
+        self._ordered = ordered
+        self._engine = engine
+        self._bucket_of = {
+            member: number for number, bucket in enumerate(buckets) for member in bucket.missing
+        }
+        self._works: list[Work] = []
+        self._launched = 0  # with ordered: buckets launched so far
+
+    def ready(self, member: int, weight: float) -> None:
+        """Parameter ``member``'s gradient is complete on this rank.
+
+        Raises:
+            GradientError: It was ready before in this backward.
+        """
+        number = self._bucket_of[member]
+        bucket = self._buckets[number]
+        if member not in bucket.missing:
+            raise GradientError(
+                f"the gradient of {self._names[member]!r} became ready twice in one backward "
+                "(reentrant checkpointing? an earlier backward that raised?): it may be in flight "
+                "already"
+            )
+        bucket.take(member)
+        if not bucket.missing:
+            bucket.state = State.READY
+            self._launch(number, weight)
+        else:
+            self._engine.poll()
+
+    def _launch(self, number: int, weight: float) -> None:
+        if not self._ordered:
+            self._start(number, weight)
+            return
+        while self._launched < len(self._buckets):
+            if self._buckets[self._launched].state is not State.READY:
+                return
+            self._start(self._launched, weight)
+            self._launched += 1
+
+    def _start(self, number: int, weight: float) -> None:
+        self._buckets[number].state = State.IN_FLIGHT
+        self._works.append(self._engine.submit(self._reduce(number, weight)))
+
+    def contribute_zeros(self, weight: float) -> None:
+        """This rank has no sample: take part in every bucket all the same."""
+        for number, bucket in enumerate(self._buckets):
+            bucket.take_zeros()
+            bucket.state = State.READY
+            self._launch(number, weight)
+
+    def finish(self) -> None:
+        """Wait for every bucket; afterwards all of them are filling again.
+
+        Raises:
+            GradientError: Some parameter got no gradient in this backward.
+        """
+        absent = sorted(member for bucket in self._buckets for member in bucket.missing)
+        if absent:
+            raise GradientError(self._absent_message(absent))
+        self._engine.drive(self._works)
+        for bucket in self._buckets:
+            bucket.state = State.COMPLETE
+        works, self._works, self._launched = self._works, [], 0
+        for work in works:
+            work.wait()  # raises what the collective met
+        for bucket in self._buckets:
+            bucket.reset()
+
+    def _absent_message(self, absent: Sequence[int]) -> str:
+        shown = ", ".join(repr(self._names[member]) for member in absent[:5])
+        more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
+        return (
+            f"backward gave no gradient to {shown}{more}: the loss does not depend on them. Every "
+            "parameter must take part on every rank; freeze those that never do with "
+            "requires_grad_(False) before wrapping, or add 0 * parameter.sum() to the loss"
+        )
+

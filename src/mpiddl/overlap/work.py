@@ -1,0 +1,64 @@
+"""The handle of one collective."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mpiddl.waits import ALREADY, Wait, Waits
+
+if TYPE_CHECKING:
+    from mpiddl.overlap.engine import Engine
+
+__all__ = ["Work"]
+
+
+class Work:
+    """A collective in flight, or complete.
+
+    Made by calls with ``async_=True``. The buffer must be left alone until ``wait()`` returns.
+    """
+
+    def __init__(self, engine: Engine, waits: Waits[Any], result: Any = None) -> None:
+        self._engine = engine
+        self._waits = waits
+        self._wait: Wait = ALREADY
+        self._result = result
+        self._error: BaseException | None = None
+        self._complete = False
+
+    def done(self) -> bool:
+        """Whether the collective is complete; never blocks, and helps it on."""
+        if not self._complete:
+            self._engine.poll()
+        return self._complete
+
+    def wait(self) -> Any:
+        """Block until the collective is complete; return its result.
+
+        For an all-reduce that is the tensor or array that was passed. An error that the
+        collective met is raised here.
+        """
+        self._engine.drive([self])
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+    @property
+    def complete(self) -> bool:
+        """Whether the collective is complete, without helping it on."""
+        return self._complete
+
+    def advance(self) -> bool:
+        """Run the generator as far as it goes; True if it went on at all. Engine only."""
+        moved = False
+        try:
+            while self._wait.done():
+                moved = True
+                self._wait = next(self._waits)
+        except StopIteration as end:
+            self._result = end.value if self._result is None else self._result
+            self._complete = True
+        except Exception as error:
+            self._error = error
+            self._complete = True
+        return moved

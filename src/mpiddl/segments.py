@@ -1,0 +1,29 @@
+"""Where the n segments of a buffer, and the chunks of a segment, start and end."""
+
+from __future__ import annotations
+
+__all__ = ["chunked", "split"]
+
+
+def split(length: int, parts: int) -> list[slice]:
+    """``parts`` consecutive slices of ``range(length)`` whose lengths differ by at most one.
+
+    The longer ones come first; with fewer elements than parts the last slices are empty.
+    """
+    short, longer = divmod(length, parts)
+    starts = [part * short + min(part, longer) for part in range(parts + 1)]
+    return [slice(start, stop) for start, stop in zip(starts, starts[1:], strict=False)]
+
+
+def chunked(segment: slice, chunk: int, count: int | None = None) -> list[slice]:
+    """Slices of at most ``chunk`` elements that cover ``segment`` in order.
+
+    Args:
+        segment: A slice with start and stop.
+        chunk: Largest chunk, in elements.
+        count: Pads the list with empty slices to this many, so that the chunks of
+            segments which differ by one element can be walked in step.
+    """
+    starts = range(segment.start, segment.stop, chunk)
+    chunks = [slice(start, min(start + chunk, segment.stop)) for start in starts]
+    return chunks + [slice(segment.stop, segment.stop)] * ((count or 0) - len(chunks))

@@ -1,0 +1,77 @@
+"""The only reader of ``MPIDDL_*`` environment variables.
+
+Rank 0's settings count for every rank of a job (``World`` broadcasts them), because ranks
+that chose different algorithms would wait for each other for ever.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mpiddl.errors import SettingsError
+from mpiddl.units import parse_bytes
+
+__all__ = ["Settings", "read"]
+
+PREFIX = "MPIDDL_"
+
+
+def _parse_flag(text: str) -> bool:
+    values = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}
+    if text.lower() not in values:
+        raise ValueError(f"{text!r} is not a switch; write 1 or 0")
+    return values[text.lower()]
+
+
+def _parse_positive_bytes(text: str) -> int:
+    nbytes = parse_bytes(text)
+    if nbytes < 1:
+        raise ValueError("must be positive")
+    return nbytes
+
+
+def _parse_engine(text: str) -> str:
+    if text not in ("auto", "inline", "thread"):
+        raise ValueError(f"{text!r} is none of auto, inline, thread")
+    return text
+
+
+def _setting(default: Any, parse: Callable[[str], Any], help_text: str) -> Any:
+    return dataclasses.field(default=default, metadata={"parse": parse, "help": help_text})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What MPIDDL_ALGORITHM, MPIDDL_CHECK, ... say; the fields are the lower-case names."""
+
+    algorithm: str = _setting("auto", str, "all-reduce algorithm where a call names none")
+    check: bool = _setting(False, _parse_flag, "compare shape, dtype and op of every call")
+    bucket_size: int = _setting(25 << 20, _parse_positive_bytes, "largest gradient bucket")
+    chunk_size: int = _setting(512 << 10, _parse_positive_bytes, "unit of pipelining in the ring")
+    engine: str = _setting("auto", _parse_engine, "who drives collectives: inline or thread")
+
+
+def read(environ: Mapping[str, str]) -> Settings:
+    """Settings from the environment.
+
+    Raises:
+        SettingsError: An unknown ``MPIDDL_*`` variable (a typing error would otherwise pass
+            in silence), or a value that cannot be used.
+    """
+    fields = {PREFIX + field.name.upper(): field for field in dataclasses.fields(Settings)}
+    values: dict[str, Any] = {}
+    for name in sorted(name for name in environ if name.startswith(PREFIX)):
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(fields))}"
+            raise SettingsError(f"unknown setting {name}={environ[name]}; {hint}")
+        field = fields[name]
+        try:
+            values[field.name] = field.metadata["parse"](environ[name])
+        except ValueError as error:
+            what = field.metadata["help"]
+            raise SettingsError(f"{name}={environ[name]} ({what}): {error}") from None
+    return Settings(**values)

@@ -1,0 +1,1 @@
+"""Replicated models: the wrapper that users see, and the check that replicas stay equal."""

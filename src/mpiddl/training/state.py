@@ -1,0 +1,43 @@
+"""A model's parameters and buffers, and how they become equal on all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from mpiddl.collectives.broadcast import broadcast
+from mpiddl.collectives.channel import Channel, bytes_of
+from mpiddl.comm.world import World
+from mpiddl.overlap.engine import engine_of
+
+__all__ = ["broadcast_state", "gapless", "named_state"]
+
+
+def named_state(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and buffers of a model under their names, each tensor once."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def gapless(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` itself where its elements are one piece of memory, else a copy that is."""
+    tensor = tensor.detach()
+    if tensor.stride() == torch.empty_like(tensor, device="meta").stride():
+        return tensor
+    return tensor.contiguous()
+
+
+def broadcast_state(model: torch.nn.Module, world: World) -> None:
+    """Rank 0's parameters and buffers on every rank. Collective; all in flight at once."""
+    engine = engine_of(world)
+    copies = [(tensor.detach(), gapless(tensor)) for _, tensor in named_state(model)]
+    works = []
+    for _, copy in copies:
+        channel = Channel(world, world.tags.foreground())
+        works.append(engine.submit(broadcast(bytes_of(copy), 0, channel, world.settings.chunk_size)))
+    engine.drive(works)
+    for work, (tensor, copy) in zip(works, copies, strict=True):
+        work.wait()
+        if copy.data_ptr() != tensor.data_ptr():
+            tensor.copy_(copy)

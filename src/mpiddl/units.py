@@ -1,0 +1,43 @@
+"""Sizes and times as people write them."""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["format_bytes", "format_seconds", "parse_bytes"]
+
+_BINARY = {"": 1, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}
+_DECIMAL = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", re.IGNORECASE)
+
+
+def parse_bytes(text: str) -> int:
+    """``"25MiB"`` -> 26214400. ``KiB MiB GiB TiB`` are binary, ``KB MB GB TB`` decimal.
+
+    Raises:
+        ValueError: ``text`` is not a size, or not a whole number of bytes.
+    """
+    match = _PATTERN.fullmatch(text)
+    factor = (_BINARY | _DECIMAL).get(match.group(2).upper()) if match else None
+    if match is None or factor is None:
+        raise ValueError(f"{text!r} is not a size; write for example 512KiB, 25MiB or 1048576")
+    nbytes = float(match.group(1)) * factor
+    if nbytes != int(nbytes):
+        raise ValueError(f"{text!r} is not a whole number of bytes")
+    return int(nbytes)
+
+
+def format_bytes(nbytes: int) -> str:
+    """26214400 -> ``"25MiB"``; the largest binary unit that keeps at most one decimal."""
+    for unit in ("TI", "GI", "MI", "KI"):
+        if nbytes >= _BINARY[unit]:
+            return f"{nbytes / _BINARY[unit]:.1f}".removesuffix(".0") + f"{unit[0]}iB"
+    return f"{nbytes}B"
+
+
+def format_seconds(seconds: float) -> str:
+    """0.0123 -> ``"12.3 ms"``."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} us"

@@ -1,0 +1,95 @@
+"""What a collective waits for, and how to run one.
+
+A collective is a generator: straight-line code that yields a ``Wait`` wherever it cannot go
+on, and is resumed once that wait is done. Whoever runs it decides how to wait: ``complete``
+blocks; the engine polls many generators in turn.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Generator, Iterable
+from typing import Protocol, TypeVar
+
+__all__ = ["ALREADY", "AllOf", "Already", "Pause", "Wait", "Waits", "complete"]
+
+T = TypeVar("T")
+
+
+class Wait(Protocol):
+    """Something that is done now or later. Asking must be cheap and never blocks."""
+
+    def done(self) -> bool: ...
+
+
+Waits = Generator[Wait, None, T]
+"""A collective: yields what it waits for, returns its result."""
+
+
+class Already:
+    """Done from the start: an empty message, a collective of one rank."""
+
+    def done(self) -> bool:
+        return True
+
+
+ALREADY = Already()
+
+
+class AllOf:
+    """Done when every one of ``waits`` is."""
+
+    def __init__(self, waits: Iterable[Wait]) -> None:
+        self._open = list(waits)
+
+    def done(self) -> bool:
+        self._open = [wait for wait in self._open if not wait.done()]
+        return not self._open
+
+
+class Pause:
+    """Back-off between fruitless polls: spin, then yield the core, then sleep.
+
+    MPI's own "yield when idle" does not reach loops outside MPI, and a spinning rank on an
+    oversubscribed node holds the core that its peer needs to send what it waits for.
+    """
+
+    SPINS = 20
+    YIELDS = 2000
+    SLEEP_SECONDS = 50e-6
+
+    def __init__(self) -> None:
+        self._fruitless = 0
+
+    def reset(self) -> None:
+        """Progress was made: the next pause is short again."""
+        self._fruitless = 0
+
+    def __call__(self) -> None:
+        self._fruitless += 1
+        if self._fruitless > self.YIELDS:
+            time.sleep(self.SLEEP_SECONDS)
+        elif self._fruitless > self.SPINS:
+            os.sched_yield()
+
+
+def complete(waits: Waits[T], meanwhile: Callable[[], object] | None = None) -> T:
+    """Run a collective to its end in the caller's thread and return its result.
+
+    Args:
+        waits: The generator.
+        meanwhile: Called whenever ``waits`` cannot go on.
+    """
+    pause = Pause()
+    try:
+        while True:
+            wait = next(waits)
+            while not wait.done():
+                if meanwhile is not None:
+                    meanwhile()
+                pause()
+            pause.reset()
+    except StopIteration as end:
+        result: T = end.value
+        return result
