@@ -15,7 +15,7 @@ from types import ModuleType
 from mpiddl.comm.launchers import Launch
 from mpiddl.errors import NoMpiError
 
-__all__ = ["library_name", "library_path", "load", "set_defaults"]
+__all__ = ["describe", "library_name", "library_path", "load", "set_defaults"]
 
 
 def set_defaults(environ: MutableMapping[str, str], launch: Launch) -> None:
@@ -74,3 +74,20 @@ def library_path() -> str | None:
     pattern = re.compile(r"\s(/\S*/libmpi(?:ch|_cray)?(?:\.so[\d.]*))$", re.MULTILINE)
     match = pattern.search(maps.read_text())
     return match.group(1) if match else None
+
+
+def describe() -> dict[str, str | None]:
+    """Name, file and thread level of the MPI library that runs."""
+    from mpi4py import MPI
+
+    levels = {
+        MPI.THREAD_SINGLE: "MPI_THREAD_SINGLE",
+        MPI.THREAD_FUNNELED: "MPI_THREAD_FUNNELED",
+        MPI.THREAD_SERIALIZED: "MPI_THREAD_SERIALIZED",
+        MPI.THREAD_MULTIPLE: "MPI_THREAD_MULTIPLE",
+    }
+    return {
+        "library": library_name(MPI.Get_library_version()),
+        "path": library_path(),
+        "thread_level": levels[MPI.Query_thread()],
+    }

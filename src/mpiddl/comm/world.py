@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from mpi4py import MPI
 
-__all__ = ["World", "current_world", "init"]
+__all__ = ["World", "current_world", "init", "is_running"]
 
 
 class World:
@@ -216,6 +216,11 @@ def init(comm: MPI.Comm | None = None, *, device: str | torch.device | None = No
     _limit_torch_threads(world.layout.cores)
     _current = world
     return world
+
+
+def is_running() -> bool:
+    """Whether ``init()`` has succeeded in this process."""
+    return _current is not None
 
 
 def current_world() -> World:

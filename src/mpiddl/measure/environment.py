@@ -1,0 +1,102 @@
+"""Facts about a rank, its node and its software, as plain JSON."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import multiprocessing
+import os
+import platform
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import mpiddl
+from mpiddl.comm import library
+from mpiddl.comm.world import World
+from mpiddl.devices.probe import cuda_awareness
+
+__all__ = ["rank_facts"]
+
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where MPI libraries put it
+
+
+def rank_facts(world: World | None) -> dict[str, Any]:
+    """Facts of this rank.
+
+    Args:
+        world: This rank's world; None where MPI could not be started.
+    """
+    return {
+        "hostname": socket.gethostname(),
+        "cores": sorted(os.sched_getaffinity(0)),
+        "node_cores": psutil.cpu_count(logical=True),
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+        "start_method": multiprocessing.get_start_method(allow_none=True)
+        or multiprocessing.get_context().get_start_method(),
+        "shared_memory_bytes": shutil.disk_usage(SHARED_MEMORY).free
+        if SHARED_MEMORY.exists()
+        else None,
+        "interfaces": _interfaces(),
+        "versions": _versions(),
+        "gpu": _gpu(),
+        "mpi": None if world is None else _mpi(),
+        "place": None if world is None else _place(world),
+    }
+
+
+def _place(world: World) -> dict[str, int]:
+    return {
+        "rank": world.rank,
+        "size": world.size,
+        "local_rank": world.local_rank,
+        "local_size": world.local_size,
+        "node_rank": world.node_rank,
+        "num_nodes": world.num_nodes,
+        "own_cores": world.layout.cores,
+    }
+
+
+def _mpi() -> dict[str, Any]:
+    described = library.describe()
+    awareness = cuda_awareness(described["library"], described["path"])
+    return {**described, "cuda_aware": awareness.answer, "cuda_aware_reason": awareness.reason}
+
+
+def _versions() -> dict[str, str | None]:
+    names = ("torch", "numpy", "mpi4py", "cupy-cuda12x", "cupy-cuda13x")
+    versions: dict[str, str | None] = {
+        "mpiddl": mpiddl.__version__,
+        "python": platform.python_version(),
+    }
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def _gpu() -> dict[str, Any]:
+    import torch
+
+    driver = Path("/proc/driver/nvidia/version")
+    devices = range(torch.cuda.device_count())
+    return {
+        "driver": driver.read_text().splitlines()[0] if driver.exists() else None,
+        "torch_cuda": torch.version.cuda,
+        "devices": [torch.cuda.get_device_name(device) for device in devices],
+        "torch_threads": torch.get_num_threads(),
+    }
+
+
+def _interfaces() -> list[dict[str, Any]]:
+    """Network interfaces that are up, without loopback."""
+    stats, found = psutil.net_if_stats(), []
+    for name, addresses in sorted(psutil.net_if_addrs().items()):
+        ipv4 = [entry.address for entry in addresses if entry.family == socket.AF_INET]
+        if name in stats and stats[name].isup and ipv4 and not ipv4[0].startswith("127."):
+            found.append({"name": name, "address": ipv4[0], "mbit_per_second": stats[name].speed})
+    return found
