@@ -18,7 +18,6 @@ Those that come of a caller's argument are ``ValueError`` too.
 from __future__ import annotations
 
 __all__ = [
-    "UnsupportedBufferError",
     "GradientError",
     "LaunchError",
     "MismatchError",
@@ -28,6 +27,7 @@ __all__ = [
     "ReplicaError",
     "SettingsError",
     "SingletonError",
+    "UnsupportedBufferError",
 ]
 
 

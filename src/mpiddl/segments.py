@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 __all__ = ["chunked", "split"]
 
 
@@ -12,7 +14,7 @@ def split(length: int, parts: int) -> list[slice]:
     """
     short, longer = divmod(length, parts)
     starts = [part * short + min(part, longer) for part in range(parts + 1)]
-    return [slice(start, stop) for start, stop in zip(starts, starts[1:], strict=False)]
+    return [slice(start, stop) for start, stop in pairwise(starts)]
 
 
 def chunked(segment: slice, chunk: int, count: int | None = None) -> list[slice]:

@@ -106,9 +106,7 @@ def plan_buckets(
     filled += [members for members in filling.values() if members]
     # A bucket is complete with its last gradient, that of its first parameter.
     filled.sort(key=lambda members: -members[-1])
-    return BucketPlan(
-        tuple(parameters), tuple(_planned(parameters, members) for members in filled)
-    )
+    return BucketPlan(tuple(parameters), tuple(_planned(parameters, members) for members in filled))
 
 
 def _planned(parameters: Sequence[ParameterSpec], members: list[int]) -> PlannedBucket:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from mpiddl.comm.messages import Messages
+from mpiddl.comm.native import Native
 from mpiddl.comm.world import World
 from mpiddl.devices.base import Buffer
 from mpiddl.waits import Wait
-
-if TYPE_CHECKING:
-    from mpi4py import MPI
 
 __all__ = ["Channel", "bytes_of"]
 
@@ -26,13 +22,13 @@ class Channel:
     Args:
         world: The ranks.
         tag: From ``world.tags``.
-        library_comm: For algorithms that the MPI library runs; default the world's own.
+        native: For algorithms that the MPI library runs; default the world's own.
     """
 
-    __slots__ = ("library_comm", "messages", "rank", "size", "tag")
+    __slots__ = ("messages", "native", "rank", "size", "tag")
 
-    def __init__(self, world: World, tag: int, library_comm: MPI.Comm | None = None) -> None:
-        self.library_comm = library_comm or world.library_comm
+    def __init__(self, world: World, tag: int, native: Native | None = None) -> None:
+        self.native = native or world.native
         self.messages: Messages = world.messages
         self.tag = tag
         self.rank = world.rank

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from mpiddl.collectives.channel import Channel
 from mpiddl.collectives.reduction import Reduction
-from mpiddl.comm.native import start_all_reduce
 from mpiddl.devices.base import Buffer, Device
 from mpiddl.segments import chunked
 from mpiddl.waits import AllOf, Waits
@@ -28,6 +27,6 @@ def library_all_reduce(
     pieces = [buffer[part] for part in chunked(slice(0, len(buffer)), LARGEST_PIECE)]
     # All pieces start at once: whatever else uses this communicator comes before or after them.
     yield AllOf(
-        start_all_reduce(channel.library_comm, piece.data_ptr(), piece.nbytes, dtype, reduction.op)
+        channel.native.all_reduce(piece.data_ptr(), piece.nbytes, dtype, reduction.op)
         for piece in pieces
     )

@@ -83,9 +83,7 @@ def install(rank: int, size: int, hostname: str, abort: Callable[[int], None]) -
         _remove_shared_memory_files()
         abort(status)
 
-    def hook(
-        kind: type[BaseException], error: BaseException, trace: TracebackType | None
-    ) -> None:
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if os.getpid() != owner:  # a forked child is no rank
             inherited(kind, error, trace)
         elif issubclass(kind, KeyboardInterrupt):

@@ -10,7 +10,7 @@ from mpiddl.waits import Wait
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-__all__ = ["NATIVE_DTYPES", "NATIVE_OPS", "start_all_reduce"]
+__all__ = ["NATIVE_DTYPES", "NATIVE_OPS", "Native"]
 
 # bfloat16 and float16 are missing on purpose: handed over as bytes, they are summed as bytes by
 # some libraries, without an error.
@@ -26,11 +26,21 @@ NATIVE_DTYPES = {
 NATIVE_OPS = {"sum": "SUM", "min": "MIN", "max": "MAX", "prod": "PROD"}
 
 
-def start_all_reduce(comm: MPI.Comm, address: int, nbytes: int, dtype: str, op: str) -> Wait:
-    """MPI_Iallreduce in place on ``nbytes`` (below 2**31) at ``address``."""
-    from mpi4py import MPI
+class Native:
+    """The MPI library's collectives on a communicator of their own.
 
-    memory = MPI.memory.fromaddress(address, nbytes)
-    datatype = getattr(MPI, NATIVE_DTYPES[dtype])
-    operation = getattr(MPI, NATIVE_OPS[op])
-    return RequestWait(comm.Iallreduce(MPI.IN_PLACE, [memory, datatype], operation))
+    They match by the order in which they are started, which must be the same on every rank.
+    """
+
+    def __init__(self, comm: MPI.Comm) -> None:
+        self._comm = comm.Dup()
+        self.free = self._comm.Free
+
+    def all_reduce(self, address: int, nbytes: int, dtype: str, op: str) -> Wait:
+        """MPI_Iallreduce in place on ``nbytes`` (below 2**31) at ``address``."""
+        from mpi4py import MPI
+
+        memory = MPI.memory.fromaddress(address, nbytes)
+        datatype = getattr(MPI, NATIVE_DTYPES[dtype])
+        operation = getattr(MPI, NATIVE_OPS[op])
+        return RequestWait(self._comm.Iallreduce(MPI.IN_PLACE, [memory, datatype], operation))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from mpiddl.comm import failure, launchers, library
 from mpiddl.comm.layout import exchange, find_layout
 from mpiddl.comm.messages import Messages, Tags
+from mpiddl.comm.native import Native
 from mpiddl.errors import LaunchError, NotInitializedError
 from mpiddl.log import logger, name_rank
 from mpiddl.settings import Settings, read
@@ -45,7 +46,7 @@ class World:
         settings: The MPIDDL_* settings of rank 0, the same on every rank.
         messages: Byte messages between the ranks.
         tags: Allots the messages' tags.
-        library_comm: Communicator for the MPI library's own collectives.
+        native: The MPI library's own collectives.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class World:
         device: str | torch.device = "cpu",
     ) -> None:
         self._comm = comm.Dup()
-        self.library_comm = comm.Dup()
+        self.native = Native(comm)
         self.launch = launch
         self.rank: int = self._comm.Get_rank()
         self.size: int = self._comm.Get_size()
@@ -126,11 +127,11 @@ class World:
 
         return comm.Compare(self._comm) in (MPI.IDENT, MPI.CONGRUENT)
 
-    def new_library_comm(self) -> MPI.Comm:
-        """One more communicator for the MPI library's collectives. Collective; freed by close."""
-        comm = self._comm.Dup()
-        self.at_close(comm.Free)
-        return comm
+    def new_native(self) -> Native:
+        """The MPI library's collectives on one more communicator. Collective; freed by close."""
+        native = Native(self._comm)
+        self.at_close(native.free)
+        return native
 
     def check_open(self) -> None:
         """Raise NotInitializedError if the world was closed."""
@@ -150,7 +151,7 @@ class World:
             self._at_close.pop()()
         self._closed = True
         self._comm.Free()
-        self.library_comm.Free()
+        self.native.free()
         if _current is self:
             _current = None
 
@@ -201,9 +202,7 @@ def init(comm: MPI.Comm | None = None, *, device: str | torch.device | None = No
     launchers.refuse_singleton(launch, MPI.COMM_WORLD.Get_size(), name)
 
     everyone = MPI.COMM_WORLD
-    failure.install(
-        everyone.Get_rank(), everyone.Get_size(), socket.gethostname(), everyone.Abort
-    )
+    failure.install(everyone.Get_rank(), everyone.Get_size(), socket.gethostname(), everyone.Abort)
     name_rank(everyone.Get_rank())
     world = World(comm or everyone, launch, settings, device or "cpu")
     if launch.local_rank not in (None, world.local_rank) and comm is None:

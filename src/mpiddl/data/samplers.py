@@ -18,9 +18,7 @@ __all__ = ["ShardBatchSampler", "ShardSampler"]
 class _EpochSampler:
     """Length, seed and epoch, checked."""
 
-    def __init__(
-        self, dataset: Sized | int, world: World | None, shuffle: bool, seed: int
-    ) -> None:
+    def __init__(self, dataset: Sized | int, world: World | None, shuffle: bool, seed: int) -> None:
         self.dataset = None if isinstance(dataset, int) else dataset
         self.length = dataset if isinstance(dataset, int) else len(dataset)
         if self.length < 1:
@@ -179,8 +177,8 @@ class ShardSampler(_EpochSampler, Sampler[int]):
 
     def __len__(self) -> int:
         """Samples of this rank."""
-        part = split(self.length, self.size)[self.rank]
-        return part.stop - part.start
+        part: slice = split(self.length, self.size)[self.rank]
+        return len(range(self.length)[part])
 
     def __iter__(self) -> Iterator[int]:
         order = epoch_order(self.length, self.epoch, self.seed, self.shuffle)

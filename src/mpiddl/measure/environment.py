@@ -61,7 +61,7 @@ def _place(world: World) -> dict[str, int]:
 
 def _mpi() -> dict[str, Any]:
     described = library.describe()
-    awareness = cuda_awareness(described["library"], described["path"])
+    awareness = cuda_awareness(described["library"] or "", described["path"])
     return {**described, "cuda_aware": awareness.answer, "cuda_aware_reason": awareness.reason}
 
 

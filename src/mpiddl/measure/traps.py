@@ -113,7 +113,7 @@ def _shared_memory(facts: Facts) -> Iterator[Trap]:
             yield Trap(
                 "warning",
                 f"{format_bytes(free)} of shared memory left on {hostname} (/dev/shm)",
-                "remove stale files there; in a container start it with --shm-size=8g or --ipc=host",
+                "remove stale files there; start a container with --shm-size=8g or --ipc=host",
             )
 
 

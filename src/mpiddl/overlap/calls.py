@@ -1,4 +1,4 @@
-"""The collectives as users call them: torch or numpy, blocking or not, checked before they start."""
+"""The collectives as users call them: torch or numpy, blocking or not, checked first."""
 
 from __future__ import annotations
 
@@ -202,4 +202,3 @@ def _check_call(what: str, problem: Exception | None, world: World) -> None:
             f"{', '.join(map(str, odd))}, {descriptions[usual]} on rank {usual}; every rank must "
             "pass the same shape, dtype, op and algorithm"
         )
-

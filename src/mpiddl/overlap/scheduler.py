@@ -111,4 +111,3 @@ class Scheduler:
             "parameter must take part on every rank; freeze those that never do with "
             "requires_grad_(False) before wrapping, or add 0 * parameter.sum() to the loss"
         )
-

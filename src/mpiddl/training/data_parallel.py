@@ -112,7 +112,7 @@ class DataParallel(torch.nn.Module):
         self._in_backward = False
         self._backwards_in_batch = 0
         self._hooks = [
-            parameter.register_post_accumulate_grad_hook(self._hook_of(member))
+            parameter.register_post_accumulate_grad_hook(self._hook_of(member))  # type: ignore[no-untyped-call]
             for member, parameter in enumerate(parameters)
         ]
 
@@ -124,8 +124,8 @@ class DataParallel(torch.nn.Module):
     def _make_scheduler(self) -> Scheduler:
         tags = self.world.tags.keep(len(self._buckets))
         ordered = any(algorithm.ordered for algorithm in self._algorithms.values())
-        library_comm = self.world.new_library_comm() if ordered else None
-        channels = [Channel(self.world, tag, library_comm) for tag in tags]
+        native = self.world.new_native() if ordered else None
+        channels = [Channel(self.world, tag, native) for tag in tags]
         chunk_bytes = self.world.settings.chunk_size
 
         def reduce(number: int, weight: float) -> Waits[None]:
@@ -270,4 +270,3 @@ def _agree(plan: BucketPlan, algorithm: str, world: World) -> None:
     if any(digest != digests[0] for digest in digests):
         lines = [f"algorithm: {algorithm}", *agreement.describe(plan)]
         raise agreement.first_difference(gather_json(lines, world=world))
-
