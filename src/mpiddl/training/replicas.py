@@ -49,4 +49,4 @@ def check(model: torch.nn.Module, world: World | None = None) -> None:
 
 def _checksum(tensor: torch.Tensor) -> str:
     data = bytes_of(gapless(tensor).cpu()).numpy()
-    return hashlib.blake2b(memoryview(data), digest_size=16).hexdigest()
+    return hashlib.blake2b(data.data, digest_size=16).hexdigest()

@@ -1,0 +1,149 @@
+"""Every bucket in flight, no agreed order, and nothing waits for what is late."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from mpi4py import MPI
+from samples import buffer_of, expected
+
+import mpiddl
+from mpiddl.collectives.channel import Channel
+from mpiddl.collectives.reduction import Reduction
+from mpiddl.collectives.ring import ring_all_reduce
+from mpiddl.devices.host import HOST
+from mpiddl.overlap.engine import Engine
+
+CHUNK_BYTES = 512
+
+
+@pytest.fixture(params=["inline", "thread"])
+def engine(request, world):
+    """An engine of its own; the world's is idle meanwhile, so that MPI has one caller."""
+    engine = Engine(request.param)
+    yield engine
+    engine.stop()
+
+
+class Held:
+    """A wait that this test lets go."""
+
+    def __init__(self):
+        self.released = False
+
+    def done(self):
+        return self.released
+
+
+def reduction(world, tag, buffer, before=None):
+    """The ring; ``before`` is waited for first."""
+    if before is not None:
+        yield before
+    channel = Channel(world, tag)
+    yield from ring_all_reduce(buffer, Reduction("sum"), channel, HOST, CHUNK_BYTES)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_another_ready_order_on_every_rank(world, agree, engine, seed):
+    lengths = [0, 1, 50, 1000, 3000, 7, 5000, 2]
+    tags = world.tags.keep(len(lengths))
+    buffers = [buffer_of(world.rank, length, torch.float32) for length in lengths]
+    order = random.Random(f"{seed} {world.rank}").sample(range(len(lengths)), len(lengths))
+
+    works = [engine.submit(reduction(world, tags[n], buffers[n])) for n in order]
+    engine.drive(works)
+
+    for number, length in enumerate(lengths):
+        want = expected("sum", world.size, length, torch.float32)
+        agree(torch.equal(buffers[number], want), f"bucket {number}")
+
+
+def test_a_later_bucket_completes_while_an_earlier_is_held_back(world, agree, engine):
+    """Rank 0 does not start bucket 0 before bucket 1 is complete on every rank."""
+    tags = world.tags.keep(2)
+    early, late = (buffer_of(world.rank, 2000, torch.float32) for _ in range(2))
+    gate = Held()
+    first = engine.submit(reduction(world, tags[0], early, gate if world.rank == 0 else None))
+    second = engine.submit(reduction(world, tags[1], late))
+
+    second.wait()
+    want = expected("sum", world.size, 2000, torch.float32)
+    agree(torch.equal(late, want), "the later bucket is wrong")
+    agree(world.rank != 0 or not first.complete, "the earlier bucket was not held back")
+    agree(world.size == 1 or not first.complete or world.rank == 0, "complete without rank 0")
+
+    gate.released = True
+    first.wait()
+    agree(torch.equal(early, want), "the earlier bucket is wrong")
+
+
+def test_a_foreground_collective_while_a_bucket_waits(world, agree):
+    """The last rank starts its bucket only after a blocking call that all ranks make."""
+    tag = world.tags.keep(1)[0]
+    bucket = buffer_of(world.rank, 3000, torch.float32)
+    engine = mpiddl.overlap.engine.engine_of(world)
+    works = []
+    if world.rank != world.size - 1:
+        works.append(engine.submit(reduction(world, tag, bucket)))
+    total = torch.ones(10)
+
+    mpiddl.all_reduce(total)
+    if not works:
+        works.append(engine.submit(reduction(world, tag, bucket)))
+    engine.drive(works)
+
+    agree(torch.equal(total, torch.full((10,), float(world.size))), total)
+    agree(torch.equal(bucket, expected("sum", world.size, 3000, torch.float32)))
+
+
+def test_a_thread_goes_on_while_the_main_thread_computes(world, agree):
+    """The main thread never polls: only the engine's own thread can complete this."""
+    engine = Engine("thread")
+    buffer = buffer_of(world.rank, 5000, torch.float32)
+
+    work = engine.submit(reduction(world, world.tags.keep(1)[0], buffer))
+    while not work.complete:
+        torch.ones(10).sum()
+
+    agree(torch.equal(buffer, expected("sum", world.size, 5000, torch.float32)))
+    MPI.COMM_WORLD.Barrier()
+    engine.stop()
+
+
+def test_an_error_in_a_collective_is_raised_by_wait(world, agree, engine):
+    def broken():
+        yield from ()
+        raise RuntimeError("broken on purpose")
+
+    work = engine.submit(broken())
+    with pytest.raises(RuntimeError, match="on purpose"):
+        work.wait()
+    agree(work.done())
+
+
+def test_driving_from_two_threads(world, agree):
+    """Calls from several threads take turns; each gets its own result."""
+    import threading
+
+    group = world.split(0)
+    results = {}
+
+    def call(number):
+        work = works[number]
+        results[number] = work.wait()
+
+    works = [
+        mpiddl.all_reduce(buffer_of(world.rank, 500, torch.float32), async_=True, world=group)
+        for _ in range(4)
+    ]
+    threads = [threading.Thread(target=call, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    want = expected("sum", world.size, 500, torch.float32)
+    agree(all(torch.equal(result, want) for result in results.values()) and len(results) == 4)
+    group.close()
