@@ -11,6 +11,7 @@ import contextlib
 import os
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -44,8 +45,10 @@ class _Exit(SystemExit):
 
 
 def _exit(code: object = None, /) -> NoReturn:
-    """``sys.exit`` that lets the other ranks know."""
-    raise _Exit() if code is None else _Exit(code)
+    """``sys.exit`` that lets the other ranks know, if it ends the program."""
+    ends_thread_only = threading.current_thread() is not threading.main_thread()
+    kind = SystemExit if ends_thread_only else _Exit
+    raise kind() if code is None else kind(code)
 
 
 def _status(code: object) -> int:

@@ -1,0 +1,70 @@
+"""Whole jobs, started with a real mpirun and seen from outside."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+TOP = Path(__file__).parents[2]
+MPIRUN = str(TOP / "tools" / "mpirun")
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
+
+
+@pytest.fixture
+def clean_environment(monkeypatch):
+    """No setting of the caller's reaches the jobs."""
+    for name in list(os.environ):
+        if name.startswith(("MPIDDL_", "OMP_NUM_THREADS")):
+            monkeypatch.delenv(name)
+
+
+class Job:
+    """A finished job."""
+
+    def __init__(self, process: subprocess.CompletedProcess, seconds: float) -> None:
+        self.status = process.returncode
+        self.out, self.err = process.stdout, process.stderr
+        self.both = self.out + self.err
+        self.seconds = seconds
+        self.ended_at = time.time()
+
+
+@pytest.fixture
+def start(tmp_path, clean_environment):
+    """``start(3, code)`` runs Python code on three ranks; ``start(3, ["program", ...])`` a program.
+
+    ``env`` adds to the environment. With ``ranks=None`` no launcher is used.
+    """
+
+    def run(ranks, program, *arguments, env=None, timeout=90):
+        if isinstance(program, str):
+            script = tmp_path / "script.py"
+            script.write_text(textwrap.dedent(program))
+            program = ["python", str(script)]
+        launcher = [] if ranks is None else [MPIRUN, "-n", str(ranks)]
+        environment = {**os.environ, "PATH": f"{TOP}/.venv/bin:{os.environ['PATH']}", **(env or {})}
+        started = time.time()
+        process = subprocess.run(
+            [*launcher, *program, *arguments],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env=environment,
+            cwd=TOP,
+            check=False,
+        )
+        return Job(process, time.time() - started)
+
+    return run
+
+
+@pytest.fixture
+def shared_memory_files():
+    """``shared_memory_files()`` lists the files in /dev/shm that were not there before."""
+    before = {path.name for path in SHARED_MEMORY.iterdir()}
+    return lambda: {path.name for path in SHARED_MEMORY.iterdir()} - before

@@ -1,0 +1,171 @@
+"""A rank that fails ends the job at once, says who it was, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+
+import psutil
+import pytest
+from conftest import MPIRUN
+
+WORK_FOR_EVER = """
+    import sys, time, torch, mpiddl
+    world = mpiddl.init()
+    mpiddl.barrier()
+    if world.rank == 1:
+        print("failing at", time.time(), flush=True)
+        {action}
+    while True:
+        mpiddl.all_reduce(torch.ones(100_000))
+"""
+
+
+def seconds_to_end(job):
+    """From the rank's last words to the end of the launcher."""
+    failing_at = re.search(r"failing at ([\d.]+)", job.out)
+    assert failing_at, job.both
+    return job.ended_at - float(failing_at.group(1))
+
+
+def test_an_exception_names_rank_host_and_traceback(start, shared_memory_files):
+    job = start(3, WORK_FOR_EVER.format(action="raise KeyError('the cause')"))
+
+    assert job.status != 0
+    assert f"rank 1 of 3 on {os.uname().nodename} failed" in job.err
+    assert "KeyError: 'the cause'" in job.err
+    assert "script.py" in job.err
+    assert seconds_to_end(job) < 2
+    assert shared_memory_files() == set()
+
+
+@pytest.mark.parametrize(
+    ("action", "status"),
+    [("sys.exit(3)", 3), ("sys.exit('no data')", 1), ("sys.exit(True)", 1)],
+)
+def test_a_status_of_one_rank_is_the_jobs(start, shared_memory_files, action, status):
+    job = start(3, WORK_FOR_EVER.format(action=action))
+
+    assert job.status == status, job.both
+    assert f"rank 1 of 3 on {os.uname().nodename} exited with status {status}" in job.err
+    assert "no data" in job.err or "no data" not in action
+    assert seconds_to_end(job) < 2
+    assert shared_memory_files() == set()
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        "sys.exit()",
+        "sys.exit(0)",
+        """
+try:
+    sys.exit(5)
+except SystemExit as leaving:
+    assert leaving.code == 5
+""",
+        """
+import threading
+thread = threading.Thread(target=sys.exit, args=(5,))
+thread.start()
+thread.join()
+""",
+    ],
+    ids=["nothing", "zero", "caught", "in a thread"],
+)
+def test_leaving_without_a_status_is_no_failure(start, action):
+    job = start(2, f"import sys, mpiddl\nmpiddl.init()\nmpiddl.barrier()\n{action}")
+
+    assert (job.status, job.err) == (0, ""), job.both
+
+
+def test_an_error_before_a_work_completes_ends_the_job(start):
+    """The exception leaves while collectives are in flight and the engine's thread runs."""
+    code = """
+        import time, torch, mpiddl
+        world = mpiddl.init()
+        work = mpiddl.all_reduce(torch.ones(1 << 22), async_=True)
+        if world.rank == 1:
+            print("failing at", time.time(), flush=True)
+            raise ValueError("in flight")
+        work.wait()
+        mpiddl.barrier()
+    """
+    for engine in ("inline", "thread"):
+        job = start(2, code, env={"MPIDDL_ENGINE": engine})
+        assert job.status != 0
+        assert "ValueError: in flight" in job.err
+        assert seconds_to_end(job) < 2
+
+
+def running_job(tmp_path, code):
+    """A job of two ranks in a process group of its own; returns it when the ranks are at work."""
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    job = subprocess.Popen(
+        [MPIRUN, "-n", "2", "python", str(script)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    pids = [int(job.stdout.readline().split()[-1]) for _ in range(2)]
+    return job, pids
+
+
+AT_WORK = """
+import os, torch, mpiddl
+world = mpiddl.init()
+mpiddl.barrier()
+print("at work", os.getpid(), flush=True)
+while True:
+    mpiddl.all_reduce(torch.ones(100_000))
+"""
+
+
+def end_of(job, pids, seconds):
+    """Wait for the launcher; the ranks must be gone as well."""
+    try:
+        output, _ = job.communicate(timeout=seconds)
+    finally:
+        for pid in pids:
+            if psutil.pid_exists(pid):
+                os.kill(pid, signal.SIGKILL)
+        job.kill()
+    return output
+
+
+def alive(pids):
+    return [pid for pid in pids if psutil.pid_exists(pid)]
+
+
+def wait_until_gone(pids):
+    deadline = time.time() + 5
+    while alive(pids) and time.time() < deadline:
+        time.sleep(0.02)
+    return not alive(pids)
+
+
+def test_ctrl_c_leaves_no_process_and_no_file(tmp_path, clean_environment, shared_memory_files):
+    job, pids = running_job(tmp_path, AT_WORK)
+
+    os.killpg(job.pid, signal.SIGINT)  # as a terminal does
+
+    assert wait_until_gone(pids), "ranks survived"
+    output = end_of(job, pids, 5)
+    assert job.returncode != 0, output
+    assert "Traceback" not in output
+    assert shared_memory_files() == set()
+
+
+def test_a_killed_rank_ends_the_job(tmp_path, clean_environment):
+    job, pids = running_job(tmp_path, AT_WORK)
+
+    os.kill(pids[1], signal.SIGKILL)
+
+    assert wait_until_gone(pids), "a rank survived"
+    end_of(job, pids, 5)
+    assert job.returncode != 0

