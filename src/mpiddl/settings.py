@@ -65,8 +65,9 @@ def read(environ: Mapping[str, str]) -> Settings:
     values: dict[str, Any] = {}
     for name in sorted(name for name in environ if name.startswith(PREFIX)):
         if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(fields))}"
+            known = sorted(field.removeprefix(PREFIX) for field in fields)
+            near = difflib.get_close_matches(name.removeprefix(PREFIX), known, n=1)
+            hint = f"did you mean {PREFIX}{near[0]}?" if near else f"known are {', '.join(fields)}"
             raise SettingsError(f"unknown setting {name}={environ[name]}; {hint}")
         field = fields[name]
         try:

@@ -35,12 +35,15 @@ def test_a_bare_mpirun_is_quiet(start, monkeypatch):
     for name in ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"):
         monkeypatch.setenv(name, "1")
     windows = REPORT + "    from mpi4py import MPI\n    MPI.Win.Allocate_shared(8).Free()\n"
-    script = ["sh", "-c", 'exec mpirun -n 2 python -c "$0"', "\n".join(
-        line[4:] for line in windows.splitlines()
-    )]
+    script = [
+        "sh",
+        "-c",
+        'exec mpirun -n 2 python -c "$0"',
+        "\n".join(line[4:] for line in windows.splitlines()),
+    ]
     job = start(None, script)
 
-    assert sorted(job.out.split()) == sorted("world 0 2 0 world 1 2 1".split())
+    assert sorted(job.out.split()) == sorted(["world", "0", "2", "0", "world", "1", "2", "1"])
     assert (job.status, job.err) == (0, "")
 
 

@@ -112,9 +112,7 @@ def test_mismatch_names_ranks_and_shapes(world, agree, usual, odd, words):
         pytest.skip("one rank cannot disagree")
     buffer = on_last(world, usual, odd).clone()
     words = [f"rank {world.size - 1}", *words]
-    refused(
-        agree, MismatchError, words, lambda: mpiddl.all_reduce(buffer, check=True), buffer
-    )
+    refused(agree, MismatchError, words, lambda: mpiddl.all_reduce(buffer, check=True), buffer)
 
 
 def test_mismatch_of_op_algorithm_root_and_collective(world, agree):

@@ -22,9 +22,7 @@ def test_broadcast_from_every_root(world, agree, length, dtype):
 
 def test_json_round_trips(world, agree):
     value = {"rank": world.rank, "list": [1, 2.5, None, "ä" * world.rank]}
-    everyones = [
-        {"rank": rank, "list": [1, 2.5, None, "ä" * rank]} for rank in range(world.size)
-    ]
+    everyones = [{"rank": rank, "list": [1, 2.5, None, "ä" * rank]} for rank in range(world.size)]
     last = world.size - 1
 
     agree(mpiddl.broadcast_json(value, root=last) == everyones[last])

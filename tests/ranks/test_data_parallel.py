@@ -61,9 +61,7 @@ def distance(model, other):
 @pytest.mark.parametrize("bucket_size", [1, 2000, "25MiB"])
 @pytest.mark.parametrize("algorithm", ["ring", "reference", "library"])
 @pytest.mark.parametrize("batch_size", [10, 12, 49])  # 49 leaves a last batch of one sample
-def test_same_parameters_on_any_number_of_ranks(
-    world, agree, bucket_size, algorithm, batch_size
-):
+def test_same_parameters_on_any_number_of_ranks(world, agree, bucket_size, algorithm, batch_size):
     epochs = 4 if batch_size < 49 else 10  # at least 20 steps
     inputs, targets = data()
     model = mpiddl.DataParallel(make_model(), bucket_size=bucket_size, algorithm=algorithm)
@@ -263,8 +261,9 @@ def test_a_rank_without_samples_contributes_zeros(world, agree, runs_backward, b
 @pytest.mark.parametrize(("local", "total"), [(-1, 4), (5, 4), (0, 0)])
 def test_impossible_shares_are_refused(world, agree, local, total):
     model = mpiddl.DataParallel(make_model())
-    with pytest.raises(ValueError, match=f"{local} of {total}"), model.batch(
-        local=local, total=total
+    with (
+        pytest.raises(ValueError, match=f"{local} of {total}"),
+        model.batch(local=local, total=total),
     ):
         pass
     agree(True)

@@ -1,0 +1,146 @@
+"""The rules of the house, so that they hold without anybody watching."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mpiddl
+
+TOP = Path(__file__).parents[2]
+SOURCE = TOP / "src" / "mpiddl"
+MODULES = sorted(
+    info.name
+    for info in pkgutil.walk_packages([str(SOURCE)], "mpiddl.")
+    if not info.name.endswith("__main__")
+)
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+def python(code):
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=TOP
+    )
+
+
+def test_layers():
+    lint = subprocess.run(
+        [Path(sys.executable).with_name("lint-imports"), "--no-cache"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=TOP,
+    )
+    assert lint.returncode == 0, lint.stdout + lint.stderr
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_all_lists_what_is_public(module):
+    """``__all__`` names everything public that the module defines, and nothing else."""
+    tree = ast.parse(Path(importlib.import_module(module).__file__).read_text())
+    names = {
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+    }
+    public = set(getattr(importlib.import_module(module), "__all__", []))
+    assert names <= public | HELPERS.get(module, set()), names - public
+    for name in public:
+        assert hasattr(importlib.import_module(module), name)
+
+
+# Used by their own folder only.
+HELPERS = {"mpiddl.collectives.choose": {"AllReduce"}}
+
+
+def test_public_names_exist_and_are_documented():
+    assert sorted(mpiddl.__all__) == sorted(mpiddl._HOMES)
+    for name in mpiddl.__all__:
+        assert getattr(mpiddl, name).__doc__, name
+    assert set(mpiddl.__all__) <= set(dir(mpiddl))
+    with pytest.raises(AttributeError, match="nothing"):
+        mpiddl.nothing  # noqa: B018
+
+
+def test_importing_starts_nothing():
+    code = """
+import sys, threading, mpiddl
+assert not {"mpi4py.MPI", "torch", "numpy"} & set(sys.modules), "import mpiddl loads too much"
+import pkgutil, importlib
+for info in pkgutil.walk_packages(mpiddl.__path__, "mpiddl."):
+    if not info.name.endswith("__main__"):
+        importlib.import_module(info.name)
+assert "mpi4py.MPI" not in sys.modules, "a module starts MPI"
+assert threading.active_count() == 1, "a module starts a thread"
+"""
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("pattern", "allowed"),
+    [
+        (r"environ\b.*MPIDDL_", {"settings.py"}),
+        (r"\bpickle\b|\btorch\.load\b", set()),
+        # mpi4py's lower-case methods pickle
+        (r"comm\.(send|recv|bcast|gather|scatter|allgather|allreduce)\(", set()),
+        (r"shell=True|os\.system|\beval\(|\bexec\(", set()),
+        (r"(OMPI_COMM_WORLD|PMI_RANK|SLURM_PROCID)", {"launchers.py"}),
+        (r"\b(TODO|FIXME|XXX)\b", set()),
+    ],
+)
+def test_some_things_are_done_in_one_place_or_nowhere(pattern, allowed):
+    found = {
+        path.name: match.group()
+        for path in FILES
+        if path.name not in allowed and (match := re.search(pattern, code_of(path)))
+    }
+    assert found == {}
+
+
+def code_of(path):
+    """Source without docstrings and comments."""
+    return re.sub(r'""".*?"""|#[^\n]*', "", path.read_text(), flags=re.DOTALL)
+
+
+def test_files_stay_readable():
+    for path in FILES:
+        assert len(path.read_text().splitlines()) <= 320, f"{path.name} is two things"
+
+
+def python_blocks(name):
+    return re.findall(r"```python\n(.*?)```", (TOP / name).read_text(), flags=re.DOTALL)
+
+
+def test_readme_code_runs_on_two_ranks(tmp_path):
+    blocks = python_blocks("README.md")
+    assert blocks
+    for number, block in enumerate(blocks):
+        script = tmp_path / f"readme_{number}.py"
+        script.write_text(block)
+        job = subprocess.run(
+            [TOP / "tools" / "mpirun", "-n", "2", "python", script],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        assert job.returncode == 0, job.stdout + job.stderr
+
+
+def test_links_between_documents_lead_somewhere():
+    for path in [TOP / "README.md", TOP / "CONTRIBUTING.md", *(TOP / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text()):
+            if "://" not in target:
+                assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_version_is_in_the_changelog():
+    assert f"## [{mpiddl.__version__}]" in (TOP / "CHANGELOG.md").read_text()

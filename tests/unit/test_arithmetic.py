@@ -1,0 +1,183 @@
+"""Segments, chunks, sizes, plans: arithmetic that every rank must agree on."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mpiddl.buckets.agreement import describe, first_difference, odd_ones
+from mpiddl.buckets.plan import ParameterSpec, plan_buckets
+from mpiddl.collectives.broadcast import tree
+from mpiddl.segments import chunked, split
+from mpiddl.units import format_bytes, format_seconds, parse_bytes
+
+lengths = st.integers(0, 1000)
+
+
+@given(lengths, st.integers(1, 20))
+def test_segments_cover_everything_once_and_differ_by_one(length, parts):
+    segments = split(length, parts)
+
+    assert [i for part in segments for i in range(length)[part]] == list(range(length))
+    sizes = [part.stop - part.start for part in segments]
+    assert len(sizes) == parts
+    assert max(sizes) - min(sizes) <= 1
+    assert sizes == sorted(sizes, reverse=True)
+
+
+@given(st.integers(0, 50), lengths, st.integers(1, 60), st.integers(0, 10))
+def test_chunks_cover_their_segment(start, length, chunk, extra):
+    count = -(-length // chunk) + extra
+    chunks = chunked(slice(start, start + length), chunk, count)
+
+    covered = [i for part in chunks for i in range(start + length)[part]]
+    assert covered == list(range(start, start + length))
+    assert len(chunks) == count
+    assert all(part.stop - part.start <= chunk for part in chunks)
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [
+        ("1", 1),
+        ("25MiB", 25 << 20),
+        ("25 mib", 25 << 20),
+        ("1.5KiB", 1536),
+        ("2GB", 2 * 10**9),
+        ("0B", 0),
+        ("3TiB", 3 << 40),
+    ],
+)
+def test_sizes_are_read(text, nbytes):
+    assert parse_bytes(text) == nbytes
+
+
+@pytest.mark.parametrize(
+    "text", ["", "MiB", "-1", "1.5", "10 potatoes", "1e3", "0x10", "1I", "nan"]
+)
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ValueError, match=r"not a size|whole number"):
+        parse_bytes(text)
+
+
+@given(st.integers(0, 1 << 50))
+def test_printed_sizes_read_back_within_their_precision(nbytes):
+    assert parse_bytes_loosely(format_bytes(nbytes)) == pytest.approx(nbytes, rel=0.06)
+
+
+def parse_bytes_loosely(text):
+    """``1.3KiB`` is no whole number of bytes; read tenths exactly."""
+    number = text.rstrip("BiKMGT")
+    unit = text[len(number) :]
+    return float(number) * parse_bytes("1" + unit)
+
+
+def test_times_are_for_people():
+    seconds = [2, 0.0123, 4.5e-6]
+    assert [format_seconds(value) for value in seconds] == ["2 s", "12.3 ms", "4.5 us"]
+
+
+@given(st.integers(1, 40), st.data())
+def test_the_broadcast_tree_reaches_every_rank_once(size, data):
+    root = data.draw(st.integers(0, size - 1))
+    reached, front, rounds = [root], [root], 0
+    while front:
+        children = [(rank, child) for rank in front for child in tree(rank, size, root)[1]]
+        assert all(tree(child, size, root)[0] == parent for parent, child in children)
+        front = [child for _, child in children]
+        reached += front
+        rounds += 1
+
+    assert sorted(reached) == list(range(size))
+    assert tree(root, size, root)[0] is None
+    assert rounds - 1 <= (size - 1).bit_length()  # levels below the root
+
+
+dtypes = st.sampled_from([("float32", 4), ("bfloat16", 2), ("float64", 8)])
+
+
+@st.composite
+def models(draw):
+    specs = draw(st.lists(st.tuples(st.integers(0, 300), dtypes), min_size=1, max_size=30))
+    return [
+        ParameterSpec(f"p{number}", (length,), (1,), dtype, itemsize)
+        for number, (length, (dtype, itemsize)) in enumerate(specs)
+    ]
+
+
+@given(models(), st.integers(1, 2000), st.integers(1, 2000))
+def test_every_gradient_has_one_place(specs, capacity, first_capacity):
+    plan = plan_buckets(specs, capacity, first_capacity)
+
+    members = [member for bucket in plan.buckets for member in bucket.members]
+    assert sorted(members) == list(range(len(specs)))
+    for bucket in plan.buckets:
+        assert {specs[member].dtype for member in bucket.members} == {bucket.dtype}
+        assert list(bucket.members) == sorted(bucket.members, reverse=True)
+        ends = [
+            offset + specs[member].length
+            for offset, member in zip(bucket.offsets, bucket.members, strict=True)
+        ]
+        assert list(bucket.offsets) == [0, *ends[:-1]]
+        assert bucket.length == ends[-1]
+        itemsize = specs[bucket.members[0]].itemsize
+        assert len(bucket.members) == 1 or bucket.length * itemsize <= capacity
+
+
+@given(models(), st.integers(1, 2000))
+def test_buckets_come_in_the_order_in_which_they_fill(specs, capacity):
+    """Backward goes from the last parameter to the first."""
+    plan = plan_buckets(specs, capacity)
+    filled_at = [max(len(specs) - 1 - member for member in b.members) for b in plan.buckets]
+    assert filled_at == sorted(filled_at)
+
+
+def layers(*nbytes):
+    return [
+        ParameterSpec(f"p{n}", (size // 4,), (1,), "float32", 4) for n, size in enumerate(nbytes)
+    ]
+
+
+def test_the_first_bucket_is_small():
+    plan = plan_buckets(layers(4000, 4000, 4000, 400, 400), capacity=8000, first_capacity=1000)
+    assert [bucket.members for bucket in plan.buckets] == [(4, 3), (2, 1), (0,)]
+
+
+def test_a_parameter_larger_than_the_capacity_has_its_own_bucket():
+    plan = plan_buckets(layers(100, 9000, 100), capacity=1000, first_capacity=1000)
+    assert [bucket.members for bucket in plan.buckets] == [(2,), (1,), (0,)]
+
+
+def test_capacities_must_be_positive():
+    for capacity, first in ((0, 1), (1, 0), (-5, 1)):
+        with pytest.raises(ValueError, match="positive"):
+            plan_buckets(layers(100), capacity, first)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"name": "q"}, {"shape": (3, 2)}, {"strides": (1, 2)}, {"dtype": "float64"}],
+    ids=lambda change: next(iter(change)),
+)
+def test_the_digest_sees_every_difference(change):
+    spec = ParameterSpec("p", (2, 3), (3, 1), "float32", 4)
+    changed = dataclasses.replace(spec, **change)
+
+    ours, theirs = plan_buckets([spec], 1000), plan_buckets([changed], 1000)
+
+    assert ours.digest() == plan_buckets([spec], 1000).digest() != theirs.digest()
+    message = str(first_difference([describe(ours), describe(ours), describe(theirs)]))
+    assert "rank 2" in message
+    assert "'p: float32[2, 3], strides [3, 1]' on rank 0" in message
+
+
+def test_odd_ones_are_the_minority():
+    assert odd_ones([1, 1, 1]) == []
+    assert odd_ones([1, 2, 1]) == [1]
+    assert odd_ones([2, 1, 1]) == [0]
+    assert odd_ones([1, 2]) == [1]  # rank 0 is taken as right
+    assert odd_ones([3, 1, 2, 2]) == [0, 1]
+    assert odd_ones([]) == []

@@ -1,0 +1,102 @@
+"""Generators of waits, run without any rank."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from mpiddl import errors
+from mpiddl.measure.traps import find_traps
+from mpiddl.waits import ALREADY, AllOf, complete
+
+
+class After:
+    """Done at the n-th question."""
+
+    def __init__(self, questions):
+        self.left = questions
+
+    def done(self):
+        self.left -= 1
+        return self.left <= 0
+
+
+def test_complete_returns_the_result_and_fills_the_time():
+    def collective():
+        yield After(3)
+        yield ALREADY
+        return (yield from inner())
+
+    def inner():
+        yield After(2)
+        return "result"
+
+    idle = []
+    assert complete(collective(), meanwhile=lambda: idle.append(1)) == "result"
+    assert len(idle) == 3
+
+
+def test_all_of_asks_until_each_is_done():
+    waits = AllOf([After(1), After(3), ALREADY])
+    assert [waits.done() for _ in range(4)] == [False, False, True, True]
+    assert AllOf([]).done()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.NoMpiError("why"),
+        errors.SingletonError("srun", 4, "Open MPI v5", "Do this."),
+        errors.MismatchError("text"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_survive_pickling(error):
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again)) == (type(error), str(error))
+
+
+def facts(rank=0, size=1, hostname="a", **changes):
+    return {
+        "hostname": hostname,
+        "cores": [0, 1, 2, 3],
+        "node_cores": 4,
+        "omp_num_threads": "1",
+        "start_method": "forkserver",
+        "shared_memory_bytes": 1 << 33,
+        "interfaces": [],
+        "versions": {"torch": "2"},
+        "mpi": {"library": "Open MPI v5", "thread_level": "MPI_THREAD_MULTIPLE"},
+        "place": {"local_size": size, "own_cores": 1},
+        **changes,
+    }
+
+
+DOCKER = [{"name": "docker0", "address": "172.17.0.1", "mbit_per_second": 0}]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "severity", "words"),
+    [
+        ([facts(), facts(versions={"torch": "3"})], "error", "versions of torch"),
+        ([facts(), facts(mpi={"library": "MPICH", "thread_level": ""})], "error", "different MPIs"),
+        ([facts(cores=[0])] * 2, "warning", "share 1 cores"),
+        ([facts(cores=[0, 1])] * 2, "warning", "bound to the same 2 of 4"),
+        ([facts(cores=[0]), facts(cores=[1])], "warning", "bound to one core"),
+        ([facts(size=2, omp_num_threads=None)] * 2, "note", "OMP_NUM_THREADS is unset"),
+        ([facts(start_method="fork")], "note", "forked"),
+        ([facts(mpi={"library": "x", "thread_level": "MPI_THREAD_FUNNELED"})], "note", "inline"),
+        ([facts(shared_memory_bytes=64 << 20)], "warning", "64MiB of shared memory"),
+        ([facts(interfaces=DOCKER), facts(hostname="b")], "warning", "docker0"),
+    ],
+)
+def test_traps_are_found(ranks, severity, words):
+    found = [trap for trap in find_traps(ranks) if words in trap.what]
+    assert [trap.severity for trap in found] == [severity]
+    assert found[0].fix
+
+
+def test_no_trap_where_all_is_well():
+    assert find_traps([facts(0, 2, cores=[0, 1]), facts(1, 2, cores=[2, 3])]) == []
+    assert find_traps([facts(mpi=None, place=None)]) == []
