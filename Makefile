@@ -14,7 +14,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 RUN = MPI=$(MPI) tools/mpirun -n
-# Ranks share the cores; a test must not run faster because the machine is larger.
 PYTEST := python -m pytest -q
 
 .PHONY: help install train test test-unit test-house test-jobs test-mpich test-intel check clean FORCE
@@ -27,6 +26,7 @@ help:
 
 $(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit("mpiddl needs python >= 3.10, this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
+	@echo "Setting up $(VENV): Python packages and an MPI, a minute or two, once."
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
@@ -72,7 +72,8 @@ test-ranks-%: install FORCE
 	$(RUN) $* $(PYTEST) tests/ranks
 
 test-mpich test-intel: test-%:
-	$(MAKE) test-ranks-3 test-jobs MPI=$*
+	$(MAKE) test-ranks-3 MPI=$*
+	MPI=$* $(BIN)/$(PYTEST) tests/jobs/test_failure.py tests/jobs/test_launch.py
 
 # Quality.
 

@@ -19,7 +19,8 @@ SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 def clean_environment(monkeypatch):
     """No setting of the caller's reaches the jobs."""
     for name in list(os.environ):
-        if name.startswith(("MPIDDL_", "OMP_NUM_THREADS")):
+        # Unbuffered, print() writes a line in pieces, and lines of ranks would mix.
+        if name.startswith(("MPIDDL_", "OMP_NUM_THREADS", "PYTHONUNBUFFERED")):
             monkeypatch.delenv(name)
 
 

@@ -97,6 +97,23 @@ def test_rank_0s_settings_count_for_all(start):
     assert job.out.split() == ["library", "library"], job.both
 
 
+def test_shares_that_do_not_add_up_are_found(start):
+    code = """
+        import torch, mpiddl
+        world = mpiddl.init()
+        model = mpiddl.DataParallel(torch.nn.Linear(1, 1))
+        try:
+            with model.batch(local=3, total=7):
+                pass
+        except mpiddl.MpiddlError as error:
+            print(error)
+    """
+    job = start(2, code, env={"MPIDDL_CHECK": "1"})
+
+    assert job.status == 0, job.both
+    assert job.out.count("hold [3, 3] samples, 6 together, but were told total=[7, 7]") == 2
+
+
 def test_threads_are_shared_unless_the_user_chose(start):
     code = "import mpiddl, torch\nmpiddl.init()\nprint(torch.get_num_threads())"
     shared = max(1, len(os.sched_getaffinity(0)) // 2)

@@ -18,7 +18,7 @@ from mpiddl.collectives.choose import choose
 from mpiddl.collectives.reduction import FLOATS, Reduction
 from mpiddl.comm.world import World, current_world
 from mpiddl.devices.host import HOST
-from mpiddl.errors import GradientError, UnsupportedBufferError
+from mpiddl.errors import GradientError, MismatchError, UnsupportedBufferError
 from mpiddl.overlap.calls import gather_json
 from mpiddl.overlap.engine import engine_of
 from mpiddl.overlap.scheduler import Scheduler
@@ -176,8 +176,8 @@ class DataParallel(torch.nn.Module):
 
         For losses that are means over the local samples: the result is then the gradient of the
         mean over all ``total`` samples, also when ranks hold different numbers of them. A rank
-        with ``local=0`` contributes zeros, whether it calls ``backward()`` or not. Without this
-        every rank weighs the same.
+        with ``local=0`` contributes zeros, whether it calls ``backward()`` (as often as the
+        others) or not (if the others do once). Without this every rank weighs the same.
 
         Args:
             local: Samples of this rank.
@@ -185,9 +185,12 @@ class DataParallel(torch.nn.Module):
 
         Raises:
             ValueError: ``local`` is negative or larger than ``total``, or ``total`` is 0.
+            MismatchError: With MPIDDL_CHECK=1: the parts of all ranks do not add up to ``total``.
         """
         if not 0 <= local <= total or total == 0:
             raise ValueError(f"expected 0 <= local <= total and total > 0, got {local} of {total}")
+        if self.world.settings.check:
+            _check_shares(local, total, self.world)
         before = self._weight
         self._weight = local / total
         self._backwards_in_batch = 0
@@ -270,3 +273,14 @@ def _agree(plan: BucketPlan, algorithm: str, world: World) -> None:
     if any(digest != digests[0] for digest in digests):
         lines = [f"algorithm: {algorithm}", *agreement.describe(plan)]
         raise agreement.first_difference(gather_json(lines, world=world))
+
+
+def _check_shares(local: int, total: int, world: World) -> None:
+    """Weights that do not sum to one scale the gradient, and nothing else would tell."""
+    shares = gather_json([local, total], world=world)
+    summed = sum(part for part, _ in shares)
+    if any(claimed != summed for _, claimed in shares):
+        raise MismatchError(
+            f"model.batch(local=, total=): the ranks hold {[part for part, _ in shares]} samples, "
+            f"{summed} together, but were told total={[claimed for _, claimed in shares]}"
+        )
