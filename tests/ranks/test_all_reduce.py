@@ -173,3 +173,86 @@ def test_a_slice_leaves_its_surroundings_alone(world, agree):
     want = torch.ones(100)
     want[10:90] = world.size
     agree(torch.equal(whole, want), whole)
+
+
+class Watched:
+    """A wait that remembers whether the algorithm saw it done."""
+
+    def __init__(self, wait):
+        self.wait, self.seen = wait, False
+
+    def done(self):
+        self.seen = self.seen or self.wait.done()
+        return self.seen
+
+
+class WatchedChannel(Channel):
+    """Keeps count of what is under way: memory that MPI reads or writes."""
+
+    def __init__(self, world, tag):
+        super().__init__(world, tag)
+        self.sends, self.receives, self.most = [], [], 0
+
+    def send(self, buffer, peer):
+        self.sends.append((span(buffer), Watched(super().send(buffer, peer))))
+        self.most = max(self.most, len(open_spans(self.sends)))
+        return self.sends[-1][1]
+
+    def receive(self, buffer, peer):
+        assert not overlaps(buffer, self.sends), "receives into memory that is being sent"
+        assert not overlaps(buffer, self.receives), "receives twice into the same memory"
+        self.receives.append((span(buffer), Watched(super().receive(buffer, peer))))
+        self.most = max(self.most, len(open_spans(self.receives)))
+        return self.receives[-1][1]
+
+
+class WatchedDevice(type(HOST)):
+    """Refuses to compute on memory that is under way."""
+
+    def __init__(self, channel):
+        super().__init__()
+        self.channel = channel
+
+    def fold(self, op, partial, incoming, weight):
+        assert not overlaps(partial, self.channel.sends), "adds to memory that is being sent"
+        assert not overlaps(incoming, self.channel.receives), "adds what has not arrived"
+        super().fold(op, partial, incoming, weight)
+
+    def scale(self, buffer, weight):
+        assert not overlaps(buffer, self.channel.sends), "scales memory that is being sent"
+        super().scale(buffer, weight)
+
+
+def span(buffer):
+    return range(buffer.data_ptr(), buffer.data_ptr() + buffer.nbytes)
+
+
+def open_spans(messages):
+    return [where for where, wait in messages if not wait.seen]
+
+
+def overlaps(buffer, messages):
+    mine = span(buffer)
+    return any(
+        max(mine.start, other.start) < min(mine.stop, other.stop) for other in open_spans(messages)
+    )
+
+
+@pytest.mark.parametrize("length", [1, 10, 64, 1000, 5003])
+@pytest.mark.parametrize("weight", [None, 0.5])
+def test_the_ring_leaves_memory_alone_while_mpi_has_it(world, agree, length, weight):
+    channel = WatchedChannel(world, world.tags.foreground())
+    buffer = buffer_of(world.rank, length, torch.float32)
+    problem = ""
+    try:
+        waits = ALGORITHMS["ring"].run(
+            buffer, Reduction("sum", weight), channel, WatchedDevice(channel), 256
+        )
+        engine_of(world).run(waits)
+    except AssertionError as error:
+        problem = str(error)
+
+    agree(not problem, problem)
+    agree(channel.most <= 4, f"{channel.most} chunks in flight one way")
+    want = expected("sum", world.size, length, torch.float32) * (weight or 1)
+    agree(torch.equal(buffer, want), buffer[:5])

@@ -43,6 +43,12 @@ class Scheduler:
         self._works: list[Work] = []
         self._launched = 0  # with ordered: buckets launched so far
 
+    def begin(self) -> None:
+        """A backward starts: every bucket is filling."""
+        self._launched = 0
+        for bucket in self._buckets:
+            bucket.reset()
+
     def ready(self, member: int, weight: float) -> None:
         """Parameter ``member``'s gradient is complete on this rank.
 
@@ -80,13 +86,14 @@ class Scheduler:
 
     def contribute_zeros(self, weight: float) -> None:
         """This rank has no sample: take part in every bucket all the same."""
+        self.begin()
         for number, bucket in enumerate(self._buckets):
             bucket.take_zeros()
             bucket.state = State.READY
             self._launch(number, weight)
 
     def finish(self) -> None:
-        """Wait for every bucket; afterwards all of them are filling again.
+        """Wait for every bucket.
 
         Raises:
             GradientError: Some parameter got no gradient in this backward.
@@ -94,14 +101,11 @@ class Scheduler:
         absent = sorted(member for bucket in self._buckets for member in bucket.missing)
         if absent:
             raise GradientError(self._absent_message(absent))
-        self._engine.drive(self._works)
+        works, self._works = self._works, []
+        for work in works:
+            work.wait()
         for bucket in self._buckets:
             bucket.state = State.COMPLETE
-        works, self._works, self._launched = self._works, [], 0
-        for work in works:
-            work.wait()  # raises what the collective met
-        for bucket in self._buckets:
-            bucket.reset()
 
     def _absent_message(self, absent: Sequence[int]) -> str:
         shown = ", ".join(repr(self._names[member]) for member in absent[:5])

@@ -149,6 +149,7 @@ class DataParallel(torch.nn.Module):
                 )
             if not self._in_backward:
                 self._in_backward = True
+                self._scheduler.begin()
                 # Autograd calls back once, after all gradients of this backward.
                 torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
             self._scheduler.ready(member, self._weight)
