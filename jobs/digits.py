@@ -194,6 +194,7 @@ def main(
         row["test_accuracy"] = evaluate(model, test, world)
         history.append(row)
         if world.rank == 0:
+            write_metrics(history, out)
             print(
                 f"epoch {epoch:3d}/{epochs}  loss {row['loss']:.4f}  "
                 f"accuracy {row['test_accuracy']:.4f}  "
@@ -209,11 +210,15 @@ def main(
         print(f"wrote {out}/metrics.jsonl, model.safetensors and loss.png")
 
 
+def write_metrics(history: list[dict[str, float]], out: Path) -> None:
+    """One JSON object a line and epoch, after every epoch: an interrupted run keeps them."""
+    (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
+
+
 def save(model: mpiddl.DataParallel, history: list[dict[str, float]], out: Path) -> None:
-    """Metrics, weights and a plot, by rank 0."""
+    """Weights and a plot, by rank 0."""
     from safetensors.torch import save_file
 
-    (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
     save_file(model.state_dict(), out / "model.safetensors")
     plot(history, out / "loss.png")
 

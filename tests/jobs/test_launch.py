@@ -202,6 +202,12 @@ def test_doctor_for_people(start):
     assert job.out.count("ready to train") == 1
 
 
+@only_open_mpi
+def test_a_rank_alone_leaves_no_shared_memory(start, shared_memory_files):
+    assert start(None, REPORT).status == 0
+    assert shared_memory_files() == set()
+
+
 def test_doctor_exits_1_when_training_would_break(start):
     alone = start(None, ["mpiddl", "doctor"], env={"MPIDDL_CHUNKSIZE": "1MiB"})
     assert alone.status == 1

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from mpiddl.cli.run import let_rank_0_speak
+
 __all__ = ["doctor"]
 
 
@@ -48,6 +50,7 @@ def doctor(
         else:
             _show(report)
     if any(trap.severity == "error" for trap in traps):
+        let_rank_0_speak()
         # Not sys.exit, which ends the job for the sake of ranks that stay behind: all leave here.
         raise SystemExit(1)
 

@@ -8,7 +8,7 @@ import typer
 
 import mpiddl
 from mpiddl.cli import doctor
-from mpiddl.cli.run import run, speaks_once
+from mpiddl.cli.run import deferred, run
 
 __all__ = ["app", "main"]
 
@@ -19,7 +19,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-app.command("doctor")(speaks_once(doctor.doctor))
+app.command("doctor")(deferred(doctor.doctor))
 
 
 def _version(wanted: bool) -> None:

@@ -7,59 +7,73 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import typer
 
 from mpiddl.comm.launchers import read_launch
 from mpiddl.comm.world import is_running
-from mpiddl.errors import LaunchError, MpiddlError
+from mpiddl.errors import MpiddlError
 
-__all__ = ["run", "speaks_once"]
-
-Command = TypeVar("Command", bound=Callable[..., Any])
+__all__ = ["deferred", "let_rank_0_speak", "run"]
 
 USAGE_ERROR = 2
 GRACE_SECONDS = 2.0
+
+_chosen: list[Callable[[], Any]] = []
 
 
 def run(main: Callable[..., Any] | typer.Typer) -> None:
     """Parse ``sys.argv`` for ``main`` and call it.
 
-    Before MPI is up only the launcher's rank 0 prints; every rank exits with the same status.
-    An mpiddl error that leaves ``main`` is printed without a traceback.
+    While arguments are read only the launcher's rank 0 prints; every rank exits with the same
+    status. An mpiddl error that leaves ``main`` is printed without a traceback.
 
     Args:
         main: A function whose parameters typer can read, or an app whose commands are
-            decorated with ``speaks_once``.
+            ``deferred``.
     """
     app = main
     if not isinstance(app, typer.Typer):
         app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        app.command()(speaks_once(main))
+        app.command()(deferred(main))
     if not read_launch().is_first:
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for as long as we live
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - replaced or dropped below
     try:
         app()
     except SystemExit as leaving:
-        # A launcher ends the job at the first rank that fails: rank 0 must have spoken by then.
-        if leaving.code and not (read_launch().is_first or is_running()):
-            time.sleep(GRACE_SECONDS)
-        raise
+        if not _chosen:
+            if leaving.code:
+                let_rank_0_speak()
+            raise
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+    # Called here and not by typer, whose frames would fill every traceback.
+    command = _chosen.pop()
+    try:
+        command()
+    except MpiddlError as error:
+        # Before the world runs all ranks meet the same error; later it may be this rank's alone.
+        if read_launch().is_first or is_running():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        let_rank_0_speak()
+        sys.exit(USAGE_ERROR)
 
 
-def speaks_once(command: Command) -> Command:
-    """Give ranks their voice back once the arguments are known to be right."""
+def let_rank_0_speak() -> None:
+    """Wait a little before leaving with a failure that all ranks share.
+
+    A launcher ends the job at the first rank that fails; rank 0 must have printed by then. Once
+    the world runs there is no waiting: a failure may be this rank's alone.
+    """
+    if not (read_launch().is_first or is_running()):
+        time.sleep(GRACE_SECONDS)
+
+
+def deferred(command: Callable[..., Any]) -> Callable[..., None]:
+    """``command`` for typer to parse; ``run`` calls it once all arguments are known to be right."""
 
     @functools.wraps(command)
-    def speaking(*args: Any, **kwargs: Any) -> Any:
-        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
-        try:
-            return command(*args, **kwargs)
-        except MpiddlError as error:
-            # A wrong launch is wrong on all ranks alike; anything else may be this rank's alone.
-            if read_launch().is_first or not isinstance(error, LaunchError):
-                print(f"error: {error}", file=sys.stderr, flush=True)
-            sys.exit(USAGE_ERROR)
+    def remember(*args: Any, **kwargs: Any) -> None:
+        _chosen.append(functools.partial(command, *args, **kwargs))
 
-    return speaking  # type: ignore[return-value]
+    return remember

@@ -74,6 +74,7 @@ def install(rank: int, size: int, hostname: str, abort: Callable[[int], None]) -
     owner = os.getpid()
     os.register_at_fork(before=_ForkWarning(owner))
     if size == 1:
+        atexit.register(_remove_shared_memory_files)
         return
     name = f"rank {rank} of {size} on {hostname}"
     inherited = sys.excepthook
@@ -106,7 +107,10 @@ def install(rank: int, size: int, hostname: str, abort: Callable[[int], None]) -
 
 
 def _remove_shared_memory_files() -> None:
-    """Unlink the MPI library's files in /dev/shm, which MPICH's abort leaves behind."""
+    """Unlink the MPI library's files in /dev/shm that this process has mapped.
+
+    MPICH's abort leaves them behind, and so does Open MPI where no mpirun cleans up after it.
+    """
     with contextlib.suppress(OSError):
         mapped = set(_SHARED_MEMORY.findall(Path("/proc/self/maps").read_text()))
         for path in mapped:

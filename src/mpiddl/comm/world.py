@@ -195,8 +195,8 @@ def init(comm: MPI.Comm | None = None, *, device: str | torch.device | None = No
         if comm is not None and not _current.has_ranks_of(comm):
             raise LaunchError("mpiddl.init() was called before with another communicator")
         return _current
-    settings = read(os.environ)
     launch = launchers.read_launch()
+    settings = read(os.environ) if launch.is_first else Settings()  # rank 0's count for all
     MPI = library.load(launch)
     name = library.library_name(MPI.Get_library_version())
     launchers.refuse_singleton(launch, MPI.COMM_WORLD.Get_size(), name)
