@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn.functional import mse_loss
 
 import mpiddl
 from mpiddl.errors import GradientError, MismatchError
+from mpiddl.overlap.engine import Engine
 
 SAMPLES, FEATURES = 50, 6
 
@@ -417,3 +419,27 @@ def test_stats_count_what_was_exchanged(world, agree):
     stats = model.stats()
     agree(stats.backwards == 3 and stats.reduced_bytes == 3 * nbytes, stats)
     agree(stats.exposed_seconds > 0, stats)
+
+
+@pytest.mark.parametrize("engine", ["inline", "thread"])
+def test_buckets_are_exchanged_while_backward_runs(world, agree, engine):
+    """Backward is held in the first layer until the last layer's bucket is complete everywhere."""
+    driver = Engine(engine)
+    model = mpiddl.DataParallel(make_model(), bucket_size=2000)
+    model._scheduler._engine = driver
+    complete = []
+
+    def hold(gradient):
+        works = model._scheduler._works
+        deadline = time.monotonic() + 30
+        while works and not works[0].complete and time.monotonic() < deadline:
+            if engine == "inline":
+                driver.poll()
+        complete.append(bool(works) and works[0].complete)
+
+    model.module[0].weight.register_hook(hold)
+    loss_of(model, world).backward()
+
+    agree(complete == [True], "nothing was complete before the end of backward")
+    agree(close(gradients_of(model), mean_gradients(make_model(), world.size)))
+    driver.stop()
