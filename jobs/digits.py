@@ -10,6 +10,7 @@ to (6); the rest is what the same program would do on one rank.
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import mpiddl
 from mpiddl.cli.run import run
-from mpiddl.collectives.choose import ALGORITHMS
+from mpiddl.settings import ALGORITHM_NAMES
 from mpiddl.units import parse_bytes
 
 HELD_OUT = 360  # test images, about a fifth
@@ -126,21 +127,21 @@ def plot(history: list[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _algorithm(name: str) -> str:
-    if name not in ("auto", *ALGORITHMS):
-        raise typer.BadParameter(f"{name!r} is none of auto, {', '.join(ALGORITHMS)}")
+def _algorithm(name: str | None) -> str | None:
+    if name is not None and name not in ALGORITHM_NAMES:
+        raise typer.BadParameter(f"{name!r} is none of {', '.join(ALGORITHM_NAMES)}")
     return name
 
 
 def _positive(value: float) -> float:
-    if not value > 0:
-        raise typer.BadParameter(f"{value} is not positive")
+    if not 0 < value < math.inf:
+        raise typer.BadParameter(f"{value} is not a positive number")
     return value
 
 
-def _size(text: str) -> str:
+def _size(text: str | None) -> str | None:
     try:
-        if parse_bytes(text) < 1:
+        if text is not None and parse_bytes(text) < 1:
             raise ValueError("must be positive")
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
@@ -162,12 +163,22 @@ def main(
     batch_size: Annotated[int, typer.Option(min=1, help="Global: over all ranks.")] = 64,
     lr: Annotated[float, typer.Option(callback=_positive, help="Adam's learning rate.")] = 1e-3,
     algorithm: Annotated[
-        str, typer.Option(callback=_algorithm, help="All-reduce: auto, " + ", ".join(ALGORITHMS))
-    ] = "auto",
+        str | None,
+        typer.Option(
+            callback=_algorithm,
+            help=f"All-reduce: {', '.join(ALGORITHM_NAMES)}. [default: MPIDDL_ALGORITHM or auto]",
+        ),
+    ] = None,
     bucket_size: Annotated[
-        str, typer.Option(callback=_size, help="Largest gradient bucket, e.g. 25MiB.")
-    ] = "25MiB",
-    seed: Annotated[int, typer.Option(min=0, help="Of split, weights, order, dropout.")] = 0,
+        str | None,
+        typer.Option(
+            callback=_size,
+            help="Largest gradient bucket. [default: MPIDDL_BUCKET_SIZE or 25MiB]",
+        ),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Of split, weights, order, dropout.")
+    ] = 0,
     out: Annotated[Path, typer.Option(callback=_writable, help="Folder for results.")] = Path(
         "runs/digits"
     ),

@@ -9,6 +9,7 @@ MpiddlError
  +-- UnsupportedBufferError  a tensor or array that no collective can work on
  +-- MismatchError         ranks disagree: shape, dtype, operation, model
  +-- ReplicaError          replicas are no longer bitwise equal
+ +-- TagError              no message tags are left for more gradient buckets
  +-- GradientError         a gradient came not at all, twice, or sparse
 
 Each message says what happened, on which rank where that matters, and what to do.
@@ -27,6 +28,7 @@ __all__ = [
     "ReplicaError",
     "SettingsError",
     "SingletonError",
+    "TagError",
     "UnsupportedBufferError",
 ]
 
@@ -90,6 +92,10 @@ class MismatchError(MpiddlError, ValueError):
 
 class ReplicaError(MpiddlError):
     """Replicas of a model are no longer bitwise equal."""
+
+
+class TagError(MpiddlError):
+    """No message tags are left for more gradient buckets."""
 
 
 class GradientError(MpiddlError):

@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mpiddl.errors import SettingsError
-from mpiddl.units import parse_bytes
+from mpiddl.units import format_bytes, parse_bytes
 
-__all__ = ["Settings", "read"]
+__all__ = ["ALGORITHM_NAMES", "Settings", "read"]
 
 PREFIX = "MPIDDL_"
+ALGORITHM_NAMES = ("auto", "ring", "library", "reference")
 
 
 def _parse_flag(text: str) -> bool:
@@ -26,17 +27,23 @@ def _parse_flag(text: str) -> bool:
     return values[text.lower()]
 
 
-def _parse_positive_bytes(text: str) -> int:
-    nbytes = parse_bytes(text)
-    if nbytes < 1:
-        raise ValueError("must be positive")
-    return nbytes
+def _at_least(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        nbytes = parse_bytes(text)
+        if nbytes < least:
+            raise ValueError(f"must be at least {format_bytes(least)}")
+        return nbytes
+
+    return parse
 
 
-def _parse_engine(text: str) -> str:
-    if text not in ("auto", "inline", "thread"):
-        raise ValueError(f"{text!r} is none of auto, inline, thread")
-    return text
+def _one_of(*valid: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in valid:
+            raise ValueError(f"{text!r} is none of {', '.join(valid)}")
+        return text
+
+    return parse
 
 
 def _setting(default: Any, parse: Callable[[str], Any], help_text: str) -> Any:
@@ -47,11 +54,13 @@ def _setting(default: Any, parse: Callable[[str], Any], help_text: str) -> Any:
 class Settings:
     """What MPIDDL_ALGORITHM, MPIDDL_CHECK, ... say; the fields are the lower-case names."""
 
-    algorithm: str = _setting("auto", str, "all-reduce algorithm where a call names none")
+    algorithm: str = _setting(
+        "auto", _one_of(*ALGORITHM_NAMES), "all-reduce algorithm where a call names none"
+    )
     check: bool = _setting(False, _parse_flag, "compare shape, dtype and op of every call")
-    bucket_size: int = _setting(25 << 20, _parse_positive_bytes, "largest gradient bucket")
-    chunk_size: int = _setting(512 << 10, _parse_positive_bytes, "unit of pipelining in the ring")
-    engine: str = _setting("auto", _parse_engine, "who drives collectives: inline or thread")
+    bucket_size: int = _setting(25 << 20, _at_least(1), "largest gradient bucket")
+    chunk_size: int = _setting(512 << 10, _at_least(4096), "unit of pipelining in the ring")
+    engine: str = _setting("auto", _one_of("auto", "inline", "thread"), "who drives collectives")
 
 
 def read(environ: Mapping[str, str]) -> Settings:

@@ -1,10 +1,10 @@
-"""Sizes and times as people write them."""
+"""Sizes as people write them."""
 
 from __future__ import annotations
 
 import re
 
-__all__ = ["format_bytes", "format_seconds", "parse_bytes"]
+__all__ = ["format_bytes", "parse_bytes"]
 
 _BINARY = {"": 1, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}
 _DECIMAL = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -33,11 +33,3 @@ def format_bytes(nbytes: int) -> str:
         if nbytes >= _BINARY[unit]:
             return f"{nbytes / _BINARY[unit]:.1f}".removesuffix(".0") + f"{unit[0]}iB"
     return f"{nbytes}B"
-
-
-def format_seconds(seconds: float) -> str:
-    """0.0123 -> ``"12.3 ms"``."""
-    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= scale:
-            return f"{seconds / scale:.3g} {unit}"
-    return f"{seconds / 1e-6:.3g} us"

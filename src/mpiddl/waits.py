@@ -1,18 +1,18 @@
 """What a collective waits for, and how to run one.
 
 A collective is a generator: straight-line code that yields a ``Wait`` wherever it cannot go
-on, and is resumed once that wait is done. Whoever runs it decides how to wait: ``complete``
-blocks; the engine polls many generators in turn.
+on, and is resumed once that wait is done. Whoever runs it decides how to wait: the engine polls
+many generators in turn, and blocks by polling until one of them is complete.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator, Iterable
 from typing import Protocol, TypeVar
 
-__all__ = ["ALREADY", "AllOf", "Already", "Pause", "Wait", "Waits", "complete"]
+__all__ = ["ALREADY", "AllOf", "Already", "Pause", "Wait", "Waits"]
 
 T = TypeVar("T")
 
@@ -72,24 +72,3 @@ class Pause:
             time.sleep(self.SLEEP_SECONDS)
         elif self._fruitless > self.SPINS:
             os.sched_yield()
-
-
-def complete(waits: Waits[T], meanwhile: Callable[[], object] | None = None) -> T:
-    """Run a collective to its end in the caller's thread and return its result.
-
-    Args:
-        waits: The generator.
-        meanwhile: Called whenever ``waits`` cannot go on.
-    """
-    pause = Pause()
-    try:
-        while True:
-            wait = next(waits)
-            while not wait.done():
-                if meanwhile is not None:
-                    meanwhile()
-                pause()
-            pause.reset()
-    except StopIteration as end:
-        result: T = end.value
-        return result

@@ -23,7 +23,7 @@ MESSAGE_ALGORITHMS = ("ring", "reference")
 def run(world, algorithm, buffer, reduction, chunk_bytes):
     channel = Channel(world, world.tags.foreground())
     waits = ALGORITHMS[algorithm].run(buffer, reduction, channel, HOST, chunk_bytes)
-    engine_of(world).run(waits)
+    engine_of(world).run(waits, world)
 
 
 @given(
@@ -248,7 +248,7 @@ def test_the_ring_leaves_memory_alone_while_mpi_has_it(world, agree, length, wei
         waits = ALGORITHMS["ring"].run(
             buffer, Reduction("sum", weight), channel, WatchedDevice(channel), 256
         )
-        engine_of(world).run(waits)
+        engine_of(world).run(waits, world)
     except AssertionError as error:
         problem = str(error)
 

@@ -330,7 +330,7 @@ def test_sparse_gradients_are_refused_by_name(world, agree):
 def test_models_that_cannot_be_wrapped(world, agree):
     with pytest.raises(ValueError, match="wrapped in DataParallel already"):
         mpiddl.DataParallel(mpiddl.DataParallel(make_model()))
-    with pytest.raises(ValueError, match="submodule '0' is wrapped"):
+    with pytest.raises(ValueError, match="is wrapped in DataParallel already"):
         mpiddl.DataParallel(nn.Sequential(mpiddl.DataParallel(make_model())))
     with pytest.raises(ValueError, match="ReLU has no parameter"):
         mpiddl.DataParallel(nn.ReLU())
@@ -426,7 +426,7 @@ def test_buckets_are_exchanged_while_backward_runs(world, agree, engine):
     """Backward is held in the first layer until the last layer's bucket is complete everywhere."""
     driver = Engine(engine)
     model = mpiddl.DataParallel(make_model(), bucket_size=2000)
-    model._scheduler._engine = driver
+    model._engine = model._scheduler._engine = driver
     complete = []
 
     def hold(gradient):
@@ -443,3 +443,28 @@ def test_buckets_are_exchanged_while_backward_runs(world, agree, engine):
     agree(complete == [True], "nothing was complete before the end of backward")
     agree(close(gradients_of(model), mean_gradients(make_model(), world.size)))
     driver.stop()
+
+
+def test_a_model_is_wrapped_once_at_a_time(world, agree):
+    module = make_model()
+    model = mpiddl.DataParallel(module)
+    with pytest.raises(ValueError, match="wrapped in DataParallel already"):
+        mpiddl.DataParallel(module)
+
+    agree(model.unwrap() is module)
+    again = mpiddl.DataParallel(module)
+    loss_of(again, world).backward()
+
+    agree(close(gradients_of(again), mean_gradients(make_model(), world.size)))
+
+
+def test_a_parameter_unfrozen_after_wrapping_is_refused(world, agree):
+    module = make_model()
+    module[0].weight.requires_grad_(False)
+    model = mpiddl.DataParallel(module)
+    loss_of(model, world)
+
+    module[0].weight.requires_grad_(True)
+    with pytest.raises(GradientError, match="'0.weight' was not trained"):
+        loss_of(model, world)
+    agree(True)

@@ -52,7 +52,7 @@ def test_another_ready_order_on_every_rank(world, agree, engine, seed):
     buffers = [buffer_of(world.rank, length, torch.float32) for length in lengths]
     order = random.Random(f"{seed} {world.rank}").sample(range(len(lengths)), len(lengths))
 
-    works = [engine.submit(reduction(world, tags[n], buffers[n])) for n in order]
+    works = [engine.submit(reduction(world, tags[n], buffers[n]), world) for n in order]
     engine.drive(works)
 
     for number, length in enumerate(lengths):
@@ -65,8 +65,10 @@ def test_a_later_bucket_completes_while_an_earlier_is_held_back(world, agree, en
     tags = world.tags.keep(2)
     early, late = (buffer_of(world.rank, 2000, torch.float32) for _ in range(2))
     gate = Held()
-    first = engine.submit(reduction(world, tags[0], early, gate if world.rank == 0 else None))
-    second = engine.submit(reduction(world, tags[1], late))
+    first = engine.submit(
+        reduction(world, tags[0], early, gate if world.rank == 0 else None), world
+    )
+    second = engine.submit(reduction(world, tags[1], late), world)
 
     second.wait()
     want = expected("sum", world.size, 2000, torch.float32)
@@ -86,12 +88,12 @@ def test_a_foreground_collective_while_a_bucket_waits(world, agree):
     engine = mpiddl.overlap.engine.engine_of(world)
     works = []
     if world.rank != world.size - 1:
-        works.append(engine.submit(reduction(world, tag, bucket)))
+        works.append(engine.submit(reduction(world, tag, bucket), world))
     total = torch.ones(10)
 
     mpiddl.all_reduce(total)
     if not works:
-        works.append(engine.submit(reduction(world, tag, bucket)))
+        works.append(engine.submit(reduction(world, tag, bucket), world))
     engine.drive(works)
 
     agree(torch.equal(total, torch.full((10,), float(world.size))), total)
@@ -103,7 +105,7 @@ def test_a_thread_goes_on_while_the_main_thread_computes(world, agree):
     engine = Engine("thread")
     buffer = buffer_of(world.rank, 5000, torch.float32)
 
-    work = engine.submit(reduction(world, world.tags.keep(1)[0], buffer))
+    work = engine.submit(reduction(world, world.tags.keep(1)[0], buffer), world)
     while not work.complete:
         torch.ones(10).sum()
 
@@ -117,7 +119,7 @@ def test_an_error_in_a_collective_is_raised_by_wait(world, agree, engine):
         yield from ()
         raise RuntimeError("broken on purpose")
 
-    work = engine.submit(broken())
+    work = engine.submit(broken(), world)
     with pytest.raises(RuntimeError, match="on purpose"):
         work.wait()
     agree(work.done())

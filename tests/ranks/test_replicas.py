@@ -28,7 +28,7 @@ def test_one_bit_on_one_rank_is_found(world, agree, name, wrapped):
         tensor = model.state_dict()[name].view(-1)
         tensor[:1].view(torch.int32).bitwise_xor_(1)
     try:
-        mpiddl.replicas.check(model)
+        mpiddl.replicas.check(model, buffers=True)
     except ReplicaError as error:
         message = str(error)
     else:
@@ -49,8 +49,33 @@ def test_negative_zero_is_another_bit_pattern(world, agree):
     if world.rank == world.size - 1 and world.size > 1:
         model.bias.data.neg_()
     try:
-        mpiddl.replicas.check(model)
+        mpiddl.replicas.check(model, buffers=True)
     except ReplicaError as error:
         agree("'bias'" in str(error))
+    else:
+        agree(world.size == 1, "not found")
+
+
+def test_buffers_are_each_ranks_own_unless_asked_for(world, agree):
+    model = make()
+    model[1].running_mean.fill_(world.rank)
+
+    mpiddl.replicas.check(model)
+    if world.size > 1:
+        with pytest.raises(ReplicaError, match="'1.running_mean'"):
+            mpiddl.replicas.check(model, buffers=True)
+    agree(True)
+
+
+def test_another_order_in_memory_is_a_difference(world, agree):
+    convolution = nn.Conv2d(2, 2, 2)
+    nn.init.ones_(convolution.weight)
+    nn.init.ones_(convolution.bias)
+    if world.rank == world.size - 1 and world.size > 1:
+        convolution.to(memory_format=torch.channels_last)
+    try:
+        mpiddl.replicas.check(convolution)
+    except ReplicaError as error:
+        agree("'weight'" in str(error))
     else:
         agree(world.size == 1, "not found")

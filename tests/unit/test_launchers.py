@@ -37,7 +37,7 @@ STEP = {
         ({**ALLOCATION, **OPEN_MPI}, ("Open MPI's mpirun", 3, 4, 1, 2)),
         ({**STEP, **HYDRA}, ("mpiexec (PMI)", 3, 4, 1, 2)),  # mpiexec's proxies run in a step
         # srun --mpi=pmi2 leaves the local rank to Slurm's variable
-        ({**STEP, "PMI_RANK": "3", "PMI_SIZE": "4"}, ("mpiexec (PMI)", 3, 4, 1, None)),
+        ({**STEP, "PMI_RANK": "3", "PMI_SIZE": "4"}, ("srun", 3, 4, 1, None)),
         (
             {"PALS_RANKID": "5", "PALS_LOCAL_RANKID": "2", "PALS_SIZE": "8"},
             ("PALS", 5, 8, 2, None),

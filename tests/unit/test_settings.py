@@ -32,7 +32,9 @@ def test_all_settings_are_read():
         ("MPIDDL_XYZ", "1", "known are MPIDDL_ALGORITHM"),
         ("MPIDDL_CHECK", "maybe", "write 1 or 0"),
         ("MPIDDL_BUCKET_SIZE", "large", "not a size"),
-        ("MPIDDL_CHUNK_SIZE", "0", "positive"),
+        ("MPIDDL_CHUNK_SIZE", "1", "at least 4KiB"),
+        ("MPIDDL_BUCKET_SIZE", "0", "at least 1B"),
+        ("MPIDDL_ALGORITHM", "foo", "auto, ring, library, reference"),
         ("MPIDDL_ENGINE", "steam", "auto, inline, thread"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 
 from mpiddl import errors
 from mpiddl.measure.traps import find_traps
-from mpiddl.waits import ALREADY, AllOf, complete
+from mpiddl.waits import ALREADY, AllOf
 
 
 class After:
@@ -20,21 +20,6 @@ class After:
     def done(self):
         self.left -= 1
         return self.left <= 0
-
-
-def test_complete_returns_the_result_and_fills_the_time():
-    def collective():
-        yield After(3)
-        yield ALREADY
-        return (yield from inner())
-
-    def inner():
-        yield After(2)
-        return "result"
-
-    idle = []
-    assert complete(collective(), meanwhile=lambda: idle.append(1)) == "result"
-    assert len(idle) == 3
 
 
 def test_all_of_asks_until_each_is_done():

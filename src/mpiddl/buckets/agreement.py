@@ -1,7 +1,8 @@
-"""Do all ranks have the same plan? Compares what was gathered; sends nothing itself."""
+"""Do all ranks have the same? Compares what was gathered; sends nothing itself."""
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from itertools import zip_longest
@@ -9,7 +10,7 @@ from itertools import zip_longest
 from mpiddl.buckets.plan import BucketPlan, ParameterSpec
 from mpiddl.errors import MismatchError
 
-__all__ = ["describe", "first_difference", "odd_ones"]
+__all__ = ["describe", "digest", "first_difference", "odd_ones", "who_has_what"]
 
 
 def odd_ones(values: Sequence[object]) -> list[int]:
@@ -21,28 +22,47 @@ def odd_ones(values: Sequence[object]) -> list[int]:
     return [rank for rank, value in enumerate(values) if value != usual]
 
 
-def describe(plan: BucketPlan) -> list[str]:
-    """One line per parameter, then one per bucket, for comparison between ranks."""
-    lines = [_describe_parameter(spec) for spec in plan.parameters]
-    return lines + [
+def who_has_what(values: Sequence[object]) -> str:
+    """``"'a' on rank 0, 2; 'b' on rank 1"``."""
+    holders: dict[object, list[str]] = {}
+    for rank, value in enumerate(values):
+        holders.setdefault(value, []).append(str(rank))
+    return "; ".join(f"{value!r} on rank {', '.join(ranks)}" for value, ranks in holders.items())
+
+
+def describe(plan: BucketPlan, state: Sequence[ParameterSpec], algorithm: str) -> list[str]:
+    """One line for all that ranks must agree on, in an order that names causes first.
+
+    Args:
+        plan: Buckets of the trained parameters.
+        state: All parameters and buffers, trained or not.
+        algorithm: Of the all-reduce.
+    """
+    trained = {spec.name for spec in plan.parameters}
+    lines = [_describe_tensor(spec, spec.name in trained) for spec in state]
+    lines += [
         f"bucket {number}: {bucket.dtype}, {bucket.length} elements, parameters {bucket.members}"
         for number, bucket in enumerate(plan.buckets)
     ]
+    return [*lines, f"algorithm {algorithm}"]
 
 
-def _describe_parameter(spec: ParameterSpec) -> str:
-    return f"{spec.name}: {spec.dtype}{list(spec.shape)}, strides {list(spec.strides)}"
+def _describe_tensor(spec: ParameterSpec, trained: bool) -> str:
+    kind = "trained" if trained else "not trained"
+    return f"{spec.name}: {spec.dtype}{list(spec.shape)}, strides {list(spec.strides)}, {kind}"
+
+
+def digest(lines: Sequence[str]) -> str:
+    """A fingerprint that differs whenever the descriptions do."""
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def first_difference(descriptions: Sequence[Sequence[str]]) -> MismatchError:
-    """The error that names the ranks and the first parameter or bucket in which they differ."""
+    """The error that names the first tensor or bucket in which the ranks differ."""
     for lines in zip_longest(*descriptions, fillvalue="nothing"):
-        odd = odd_ones(lines)
-        if odd:
-            usual = next(rank for rank in range(len(lines)) if rank not in odd)
+        if odd_ones(lines):
             return MismatchError(
-                f"the model differs between ranks: {lines[odd[0]]!r} on rank "
-                f"{', '.join(map(str, odd))}, {lines[usual]!r} on rank {usual}. Build the same "
-                "model with the same frozen parameters and the same bucket_size on every rank"
+                f"the model differs between ranks: {who_has_what(lines)}. Build the same model "
+                "with the same frozen parameters, bucket_size and algorithm on every rank"
             )
-    raise AssertionError("plans with equal descriptions have different digests")
+    raise AssertionError("equal descriptions have different digests")

@@ -22,10 +22,10 @@ class State(enum.Enum):
     COMPLETE = "complete"
 
 
-def spec_of(name: str, parameter: torch.nn.Parameter) -> ParameterSpec:
-    """What ranks must agree on about ``parameter``.
+def spec_of(name: str, parameter: torch.Tensor) -> ParameterSpec:
+    """What ranks must agree on about a parameter or buffer.
 
-    Its gradient has the parameter's own strides (channels_last too) where these are gapless,
+    A gradient has the parameter's own strides (channels_last too) where these are gapless,
     else the nearest gapless ones.
     """
     strides = torch.empty_like(parameter, device="meta").stride()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 __all__ = ["BucketPlan", "ParameterSpec", "PlannedBucket", "plan_buckets"]
 
@@ -14,7 +12,7 @@ FIRST_BUCKET_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """What ranks must agree on about one parameter.
+    """What ranks must agree on about one parameter (or buffer).
 
     Attributes:
         name: As in ``model.named_parameters()``.
@@ -55,10 +53,6 @@ class BucketPlan:
 
     parameters: tuple[ParameterSpec, ...]
     buckets: tuple[PlannedBucket, ...]
-
-    def digest(self) -> str:
-        """A fingerprint that differs whenever two plans do."""
-        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
 
 
 def plan_buckets(

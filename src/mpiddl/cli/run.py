@@ -55,8 +55,10 @@ def run(main: Callable[..., Any] | typer.Typer) -> None:
         # Before the world runs all ranks meet the same error; later it may be this rank's alone.
         if read_launch().is_first or is_running():
             print(f"error: {error}", file=sys.stderr, flush=True)
+        if is_running():
+            sys.exit(USAGE_ERROR)
         let_rank_0_speak()
-        sys.exit(USAGE_ERROR)
+        raise SystemExit(USAGE_ERROR) from None  # all ranks leave: there is no job to end
 
 
 def let_rank_0_speak() -> None:

@@ -15,7 +15,7 @@ def barrier(channel: Channel) -> Waits[None]:
 
     Source: Hensgen, Finkel & Manber, Int. J. Parallel Program. 17(1), 1988, 1-17.
     """
-    note, reply = torch.zeros(1, dtype=torch.uint8), torch.zeros(1, dtype=torch.uint8)
+    note, reply = torch.zeros(2, 1, dtype=torch.uint8, device="cpu")
     distance = 1
     while distance < channel.size:
         after = (channel.rank + distance) % channel.size

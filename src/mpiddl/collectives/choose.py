@@ -15,6 +15,7 @@ from mpiddl.collectives.ring import ring_all_reduce
 from mpiddl.comm.native import NATIVE_DTYPES
 from mpiddl.devices.base import Buffer, Device
 from mpiddl.errors import UnsupportedBufferError
+from mpiddl.settings import ALGORITHM_NAMES
 from mpiddl.waits import Waits
 
 __all__ = ["ALGORITHMS", "Algorithm", "choose"]
@@ -67,9 +68,8 @@ def choose(name: str, dtype: torch.dtype) -> Algorithm:
         ValueError: No algorithm has that name.
         UnsupportedBufferError: It cannot reduce ``dtype``.
     """
-    valid = ("auto", *ALGORITHMS)
-    if name not in valid:
-        raise ValueError(f"unknown algorithm {name!r}; valid are {', '.join(valid)}")
+    if name not in ALGORITHM_NAMES:
+        raise ValueError(f"unknown algorithm {name!r}; valid are {', '.join(ALGORITHM_NAMES)}")
     algorithm = ALGORITHMS["ring" if name == "auto" else name]
     if dtype not in algorithm.dtypes:
         listed = ", ".join(sorted(str(known) for known in algorithm.dtypes))

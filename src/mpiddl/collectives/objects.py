@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy
 import torch
 
 from mpiddl.collectives.broadcast import broadcast
@@ -16,8 +17,12 @@ __all__ = ["broadcast_json", "gather_json"]
 CHUNK_BYTES = 1 << 20
 
 
+def _bytes(length: int) -> torch.Tensor:
+    return torch.empty(length, dtype=torch.uint8, device="cpu")  # whatever the default device is
+
+
 def _encode(value: Any) -> torch.Tensor:
-    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    return torch.from_numpy(numpy.frombuffer(bytearray(json.dumps(value).encode()), numpy.uint8))
 
 
 def _decode(text: torch.Tensor) -> Any:
@@ -27,11 +32,11 @@ def _decode(text: torch.Tensor) -> Any:
 def broadcast_json(value: Any, root: int, channel: Channel) -> Waits[Any]:
     """Rank ``root``'s value on every rank."""
     mine = channel.rank == root
-    text = _encode(value) if mine else torch.empty(0, dtype=torch.uint8)
-    length = torch.tensor([len(text)])
+    text = _encode(value) if mine else _bytes(0)
+    length = torch.tensor([len(text)], device="cpu")
     yield from broadcast(length, root, channel, CHUNK_BYTES)
     if not mine:
-        text = torch.empty(int(length), dtype=torch.uint8)
+        text = _bytes(int(length))
     yield from broadcast(text, root, channel, CHUNK_BYTES)
     return _decode(text)
 
@@ -41,15 +46,15 @@ def gather_json(value: Any, root: int | None, channel: Channel) -> Waits[list[An
     hub = root or 0
     text = _encode(value)
     if channel.rank != hub:
-        length = torch.tensor([len(text)])
+        length = torch.tensor([len(text)], device="cpu")
         yield AllOf([channel.send(length, hub), channel.send(text, hub)])
         if root is None:
             return list((yield from broadcast_json(None, hub, channel)))
         return None
     peers = [peer for peer in range(channel.size) if peer != hub]
-    lengths = torch.zeros(channel.size, dtype=torch.int64)
+    lengths = torch.zeros(channel.size, dtype=torch.int64, device="cpu")
     yield AllOf(channel.receive(lengths[peer : peer + 1], peer) for peer in peers)
-    texts = [torch.empty(int(length), dtype=torch.uint8) for length in lengths]
+    texts = [_bytes(int(length)) for length in lengths]
     yield AllOf(channel.receive(texts[peer], peer) for peer in peers)
     texts[hub] = text
     values = [_decode(text) for text in texts]

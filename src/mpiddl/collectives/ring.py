@@ -48,8 +48,9 @@ def ring_all_reduce(
             device.scale(buffer, reduction.weight)
         return
     segments = split(len(buffer), size)
-    chunk = max(1, chunk_bytes // buffer.itemsize)
-    count = max(1, -(-(segments[0].stop - segments[0].start) // chunk))
+    longest = segments[0].stop - segments[0].start
+    chunk = max(1, min(longest, chunk_bytes // buffer.itemsize))  # elements
+    count = max(1, -(-longest // chunk))
     chunks = [[buffer[part] for part in chunked(segment, chunk, count)] for segment in segments]
     places = [(step, part) for step in range(2 * (size - 1)) for part in range(count)]
     lag = min(DEPTH, count) - 1

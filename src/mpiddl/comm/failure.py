@@ -7,7 +7,9 @@ MPI) or for the one that left with ``sys.exit(3)`` (all of them).
 from __future__ import annotations
 
 import atexit
+import builtins
 import contextlib
+import gc
 import os
 import re
 import sys
@@ -28,19 +30,20 @@ _SHARED_MEMORY = re.compile(r"\s(/dev/shm/(?:mpich_shm_|sm_segment\.|vader_segme
 
 _installed = False
 _exit_code: object = None  # what the sys.exit that ended the program was called with
+_leaving = False  # the interpreter runs its exit handlers
 
 
 class _Exit(SystemExit):
     """A ``SystemExit`` that notices whether it ended the program.
 
     Neither excepthook nor atexit is told the status. But an exception that nobody caught is
-    freed by the interpreter itself, when no Python code is running any more; one that was
-    caught is freed under the frame that caught it.
+    freed by the interpreter itself, when no Python code is running any more (or later, if it is
+    part of a reference cycle); one that was caught is freed under the frame that caught it.
     """
 
     def __del__(self) -> None:
         global _exit_code
-        if sys._getframe().f_back is None:
+        if _leaving or sys._getframe().f_back is None:
             _exit_code = self.code
 
 
@@ -97,12 +100,20 @@ def install(rank: int, size: int, hostname: str, abort: Callable[[int], None]) -
             end(f"mpiddl: {name} failed; ending the job\n{lines}", 1)
 
     def at_exit() -> None:
+        global _leaving
+        if os.getpid() != owner:
+            return
+        _leaving = True
+        gc.collect()
         status = _status(_exit_code)
-        if status != 0 and os.getpid() == owner:
+        if status == 0 and hasattr(sys, "last_value"):  # another hook printed an exception
+            status = 1
+        if status != 0:
             end(f"mpiddl: {name} exited with status {status}; ending the job\n", status)
 
     sys.excepthook = hook
     sys.exit = _exit
+    builtins.exit = builtins.quit = _exit  # type: ignore[assignment] # the site module's, which programs use too
     atexit.register(at_exit)
 
 

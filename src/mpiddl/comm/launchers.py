@@ -94,8 +94,9 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
         # A PMI server (srun --mpi=pmi2, Flux, PALS) may set PMI_RANK and leave the local rank to
         # the launcher around it.
         local = (names.local_rank, *(other.local_rank for other in _LAUNCHERS))
+        by_slurm = "SLURM_STEP_NUM_TASKS" in environ and names.local_rank not in environ
         return Launch(
-            launcher=names.launcher,
+            launcher="srun" if by_slurm else names.launcher,
             rank=rank,
             size=size,
             local_rank=_number(environ, *local),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from mpiddl.errors import TagError
 from mpiddl.segments import chunked
 from mpiddl.waits import ALREADY, AllOf, Wait
 
@@ -66,7 +67,7 @@ class Messages:
 
 
 class Tags:
-    """Message tags of one communicator; every rank must allot in the same order.
+    """Message tags of one communicator; every rank must allot and give back in the same order.
 
     Collectives that users start take short-lived tags in turn; a gradient bucket keeps its own.
     The standard grants tags up to 32767.
@@ -77,7 +78,7 @@ class Tags:
 
     def __init__(self) -> None:
         self._next_foreground = 0
-        self._next_kept = self.FOREGROUND
+        self._free = list(range(self.FOREGROUND, self.LARGEST + 1))
 
     def foreground(self) -> int:
         """A tag for one collective. It is used again after 8,192 others."""
@@ -85,13 +86,21 @@ class Tags:
         self._next_foreground = (tag + 1) % self.FOREGROUND
         return tag
 
-    def keep(self, count: int) -> range:
-        """``count`` tags for as long as the world lives."""
-        tags = range(self._next_kept, self._next_kept + count)
-        if tags.stop > self.LARGEST + 1:
-            raise RuntimeError(
-                f"all {self.LARGEST + 1 - self.FOREGROUND} tags for gradient buckets are in use; "
-                "use larger buckets, or a world.split() for some of the models"
+    def keep(self, count: int) -> list[int]:
+        """``count`` tags, until they are given back.
+
+        Raises:
+            TagError: So many are not left.
+        """
+        if count > len(self._free):
+            raise TagError(
+                f"{count} message tags wanted for gradient buckets, {len(self._free)} left; use a "
+                "larger bucket_size, unwrap() models that are not trained any more, or wrap on a "
+                "world.split()"
             )
-        self._next_kept = tags.stop
-        return tags
+        kept, self._free = self._free[:count], self._free[count:]
+        return kept
+
+    def give_back(self, tags: list[int]) -> None:
+        """These tags may be used again."""
+        self._free = sorted(self._free + tags)

@@ -14,7 +14,7 @@ from mpiddl.comm import failure, launchers, library
 from mpiddl.comm.layout import exchange, find_layout
 from mpiddl.comm.messages import Messages, Tags
 from mpiddl.comm.native import Native
-from mpiddl.errors import LaunchError, NotInitializedError
+from mpiddl.errors import LaunchError, NotInitializedError, SettingsError
 from mpiddl.log import logger, name_rank
 from mpiddl.settings import Settings, read
 
@@ -58,6 +58,7 @@ class World:
     ) -> None:
         self._comm = comm.Dup()
         self.native = Native(comm)
+        self._bucket_native: Native | None = None
         self.launch = launch
         self.rank: int = self._comm.Get_rank()
         self.size: int = self._comm.Get_size()
@@ -65,18 +66,17 @@ class World:
         self.messages = Messages(self._comm)
         self.tags = Tags()
         self._device = device
-        self._at_close: list[Callable[[], None]] = []
+        self._at_close: dict[Callable[[World], None], None] = {}
         self._closed = False
         self.layout = find_layout(self._comm)
-        # Rank 0's word counts: ranks that chose differently would wait for each other for ever.
-        self.settings = Settings(**exchange(self._comm, dataclasses.asdict(settings))[0])
+        self.settings = settings
 
     @property
     def allows_threads(self) -> bool:
-        """Whether threads may take turns in calling MPI."""
+        """Whether several threads may call MPI."""
         from mpi4py import MPI
 
-        return MPI.Query_thread() >= MPI.THREAD_SERIALIZED
+        return MPI.Query_thread() == MPI.THREAD_MULTIPLE
 
     @property
     def local_rank(self) -> int:
@@ -127,31 +127,34 @@ class World:
 
         return comm.Compare(self._comm) in (MPI.IDENT, MPI.CONGRUENT)
 
-    def new_native(self) -> Native:
-        """The MPI library's collectives on one more communicator. Collective; freed by close."""
-        native = Native(self._comm)
-        self.at_close(native.free)
-        return native
+    @property
+    def bucket_native(self) -> Native:
+        """The MPI library's collectives for gradient buckets. Collective at the first use."""
+        if self._bucket_native is None:
+            self._bucket_native = Native(self._comm)
+        return self._bucket_native
 
     def check_open(self) -> None:
         """Raise NotInitializedError if the world was closed."""
         if self._closed:
             raise NotInitializedError("this world was closed; call mpiddl.init() again")
 
-    def at_close(self, action: Callable[[], None]) -> None:
-        """Call ``action`` before the communicators go; last come, first served."""
-        self._at_close.append(action)
+    def at_close(self, action: Callable[[World], None]) -> None:
+        """Call ``action`` with this world before its communicators go; once, if told twice."""
+        self._at_close[action] = None
 
     def close(self) -> None:
         """Stop what runs on this world and free its communicators. Collective; idempotent."""
         global _current
         if self._closed:
             return
-        while self._at_close:
-            self._at_close.pop()()
+        for action in self._at_close:
+            action(self)
         self._closed = True
         self._comm.Free()
         self.native.free()
+        if self._bucket_native is not None:
+            self._bucket_native.free()
         if _current is self:
             _current = None
 
@@ -196,7 +199,6 @@ def init(comm: MPI.Comm | None = None, *, device: str | torch.device | None = No
             raise LaunchError("mpiddl.init() was called before with another communicator")
         return _current
     launch = launchers.read_launch()
-    settings = read(os.environ) if launch.is_first else Settings()  # rank 0's count for all
     MPI = library.load(launch)
     name = library.library_name(MPI.Get_library_version())
     launchers.refuse_singleton(launch, MPI.COMM_WORLD.Get_size(), name)
@@ -204,6 +206,7 @@ def init(comm: MPI.Comm | None = None, *, device: str | torch.device | None = No
     everyone = MPI.COMM_WORLD
     failure.install(everyone.Get_rank(), everyone.Get_size(), socket.gethostname(), everyone.Abort)
     name_rank(everyone.Get_rank())
+    settings = _settings_of_first(comm or everyone)
     world = World(comm or everyone, launch, settings, device or "cpu")
     if launch.local_rank not in (None, world.local_rank) and comm is None:
         logger.warning(
@@ -215,6 +218,22 @@ def init(comm: MPI.Comm | None = None, *, device: str | torch.device | None = No
     _limit_torch_threads(world.layout.cores)
     _current = world
     return world
+
+
+def _settings_of_first(comm: MPI.Comm) -> Settings:
+    """Rank 0's settings, or its error, on every rank.
+
+    Ranks that chose differently, or of which one gave up, would wait for each other for ever.
+    """
+    problem = None
+    try:
+        settings = read(os.environ)
+    except SettingsError as error:
+        settings, problem = Settings(), str(error)
+    values, problem = exchange(comm, [dataclasses.asdict(settings), problem])[0]
+    if problem is not None:
+        raise SettingsError(problem)
+    return Settings(**values)
 
 
 def is_running() -> bool:
@@ -250,12 +269,17 @@ def _limit_torch_threads(cores: int) -> None:
 _owner = os.getpid()
 
 
+def _is_importing_main() -> bool:
+    """Whether a spawned or forkserver child is still importing the parent's main module."""
+    return bool(getattr(multiprocessing.current_process(), "_inheriting", False))
+
+
 def _refuse_child_process() -> None:
     """MPI belongs to the process that the launcher started."""
     torch_data = sys.modules.get("torch.utils.data")
     if torch_data is not None and torch_data.get_worker_info() is not None:
         where = "a DataLoader worker"
-    elif multiprocessing.parent_process() is not None:
+    elif multiprocessing.parent_process() is not None or _is_importing_main():
         where = "a multiprocessing child"
     elif _current is not None and os.getpid() != _owner:
         where = "a forked child of a rank"

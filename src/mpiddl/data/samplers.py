@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sized
 from typing import Any
 
@@ -19,8 +20,8 @@ class _EpochSampler:
     """Length, seed and epoch, checked."""
 
     def __init__(self, dataset: Sized | int, world: World | None, shuffle: bool, seed: int) -> None:
-        self.dataset = None if isinstance(dataset, int) else dataset
-        self.length = dataset if isinstance(dataset, int) else len(dataset)
+        self.dataset = dataset if hasattr(dataset, "__len__") else None
+        self.length = len(dataset) if isinstance(dataset, Sized) else operator.index(dataset)
         if self.length < 1:
             raise ValueError("the data set is empty")
         if seed < 0:
@@ -111,8 +112,9 @@ class ShardBatchSampler(_EpochSampler, Sampler[list[int]]):
         """
         if self._unread > 1:
             raise RuntimeError(
-                f"{self._unread} batches were drawn since total was last read (a DataLoader with "
-                "workers prefetches); use total_at(step), step counted in your loop from 0"
+                f"{self._unread} batches were drawn since total was last read, by a DataLoader "
+                "whose workers prefetch, or in steps that did not read it; use total_at(step), "
+                "step counted in your loop from 0"
             )
         if self._drawn < 0:
             raise RuntimeError("no batch was drawn yet")

@@ -33,7 +33,7 @@ class HostDevice:
         self._kept_bytes = 0
 
     def empty(self, length: int, dtype: torch.dtype) -> Buffer:
-        return torch.empty(length, dtype=dtype)
+        return torch.empty(length, dtype=dtype, device="cpu")
 
     @contextmanager
     def scratch(self, length: int, dtype: torch.dtype) -> Iterator[Buffer]:
@@ -44,13 +44,12 @@ class HostDevice:
             memory = kept.pop()
             self._kept_bytes -= nbytes
         else:
-            memory = torch.empty(nbytes, dtype=torch.uint8)
-        try:
-            yield memory[: length * dtype.itemsize].view(dtype)
-        finally:
-            if self._kept_bytes + nbytes <= self.KEPT_BYTES:
-                kept.append(memory)
-                self._kept_bytes += nbytes
+            memory = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+        yield memory[: length * dtype.itemsize].view(dtype)
+        # Not after an exception: messages may still arrive in it.
+        if self._kept_bytes + nbytes <= self.KEPT_BYTES:
+            kept.append(memory)
+            self._kept_bytes += nbytes
 
     def scale(self, buffer: Buffer, weight: float) -> None:
         if weight == 0:  # 0 * nan would be nan

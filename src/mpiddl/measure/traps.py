@@ -98,7 +98,7 @@ def _forking_loaders(facts: Facts) -> Iterator[Trap]:
 
 def _thread_level(facts: Facts) -> Iterator[Trap]:
     level = facts[0]["mpi"]["thread_level"] if facts[0]["mpi"] else None
-    if level in ("MPI_THREAD_SINGLE", "MPI_THREAD_FUNNELED"):
+    if level is not None and level != "MPI_THREAD_MULTIPLE":
         yield Trap(
             "note",
             f"this MPI grants {level} only: collectives are driven inline, not by a thread",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, overload
 
 import numpy
 import torch
 
-from mpiddl.buckets.agreement import odd_ones
+from mpiddl.buckets.agreement import odd_ones, who_has_what
 from mpiddl.collectives import barrier as barriers
 from mpiddl.collectives import broadcast as broadcasts
 from mpiddl.collectives import objects
@@ -20,12 +20,33 @@ from mpiddl.devices.host import HOST
 from mpiddl.errors import MismatchError, UnsupportedBufferError
 from mpiddl.overlap.engine import engine_of
 from mpiddl.overlap.work import Work
+from mpiddl.waits import Waits
 
 __all__ = ["all_reduce", "barrier", "broadcast", "broadcast_json", "gather_json"]
 
 TensorOrArray = TypeVar("TensorOrArray", torch.Tensor, numpy.ndarray[Any, Any])
 
 
+@overload
+def all_reduce(
+    tensor: TensorOrArray,
+    op: str = ...,
+    *,
+    algorithm: str | None = ...,
+    async_: Literal[False] = ...,
+    world: World | None = ...,
+    check: bool | None = ...,
+) -> TensorOrArray: ...
+@overload
+def all_reduce(
+    tensor: TensorOrArray,
+    op: str = ...,
+    *,
+    algorithm: str | None = ...,
+    async_: Literal[True],
+    world: World | None = ...,
+    check: bool | None = ...,
+) -> Work: ...
 def all_reduce(
     tensor: TensorOrArray,
     op: str = "sum",
@@ -60,7 +81,6 @@ def all_reduce(
     """
     world = world or current_world()
     algorithm = algorithm or world.settings.algorithm
-    check = world.settings.check if check is None else check
     problem = None
     try:
         buffer = _flat(tensor)
@@ -68,17 +88,32 @@ def all_reduce(
         chosen = choose(algorithm, buffer.dtype)
     except (ValueError, TypeError) as error:
         problem = error
-    if check:
-        what = f"all_reduce(op={op!r}, algorithm={algorithm!r}) of {_describe(tensor)}"
-        _check_call(what, problem, world)
-    if problem is not None:
-        raise problem
-    channel = Channel(world, world.tags.foreground())
+    what = f"all_reduce(op={op!r}, algorithm={algorithm!r}) of {_describe(tensor)}"
+    _check_call(what, problem, world, check)
+    channel = _channel(world)
     waits = chosen.run(buffer, reduction, channel, HOST, world.settings.chunk_size)
-    work = engine_of(world).submit(waits, result=tensor)
+    work = engine_of(world).submit(waits, world, result=tensor)
     return work if async_ else work.wait()
 
 
+@overload
+def broadcast(
+    tensor: TensorOrArray,
+    root: int = ...,
+    *,
+    async_: Literal[False] = ...,
+    world: World | None = ...,
+    check: bool | None = ...,
+) -> TensorOrArray: ...
+@overload
+def broadcast(
+    tensor: TensorOrArray,
+    root: int = ...,
+    *,
+    async_: Literal[True],
+    world: World | None = ...,
+    check: bool | None = ...,
+) -> Work: ...
 def broadcast(
     tensor: TensorOrArray,
     root: int = 0,
@@ -95,28 +130,24 @@ def broadcast(
         ValueError: ``root`` is no rank.
     """
     world = world or current_world()
-    check = world.settings.check if check is None else check
     problem = None
     try:
         buffer = _flat(tensor, any_dtype=True)
-        if not 0 <= root < world.size:
-            raise ValueError(f"root {root} is no rank of a world of {world.size}")
+        _check_root(root, world)
     except (ValueError, TypeError) as error:
         problem = error
-    if check:
-        _check_call(f"broadcast(root={root}) of {_describe(tensor)}", problem, world)
-    if problem is not None:
-        raise problem
-    channel = Channel(world, world.tags.foreground())
+    _check_call(f"broadcast(root={root}) of {_describe(tensor)}", problem, world, check)
+    channel = _channel(world)
     waits = broadcasts.broadcast(bytes_of(buffer), root, channel, world.settings.chunk_size)
-    work = engine_of(world).submit(waits, result=tensor)
+    work = engine_of(world).submit(waits, world, result=tensor)
     return work if async_ else work.wait()
 
 
 def barrier(*, world: World | None = None) -> None:
     """Return once every rank has called it."""
     world = world or current_world()
-    engine_of(world).run(barriers.barrier(Channel(world, world.tags.foreground())))
+    _check_call("barrier()", None, world)
+    _run(world, barriers.barrier(_channel(world)))
 
 
 def broadcast_json(value: Any, root: int = 0, *, world: World | None = None) -> Any:
@@ -126,10 +157,12 @@ def broadcast_json(value: Any, root: int = 0, *, world: World | None = None) -> 
 
     Raises:
         TypeError: The value is not JSON.
+        ValueError: ``root`` is no rank.
     """
     world = world or current_world()
-    channel = Channel(world, world.tags.foreground())
-    return engine_of(world).run(objects.broadcast_json(value, root, channel))
+    _check_root(root, world)
+    _check_call(f"broadcast_json(root={root})", None, world)
+    return _run(world, objects.broadcast_json(value, root, _channel(world)))
 
 
 def gather_json(value: Any, root: int | None = None, *, world: World | None = None) -> Any:
@@ -140,8 +173,18 @@ def gather_json(value: Any, root: int | None = None, *, world: World | None = No
         root: The rank that gets the list (the others get None); default every rank.
     """
     world = world or current_world()
-    channel = Channel(world, world.tags.foreground())
-    return engine_of(world).run(objects.gather_json(value, root, channel))
+    if root is not None:
+        _check_root(root, world)
+    _check_call(f"gather_json(root={root})", None, world)
+    return _run(world, objects.gather_json(value, root, _channel(world)))
+
+
+def _channel(world: World) -> Channel:
+    return Channel(world, world.tags.foreground())
+
+
+def _run(world: World, waits: Waits[Any]) -> Any:
+    return engine_of(world).run(waits, world)
 
 
 def _flat(tensor: Any, any_dtype: bool = False) -> Buffer:
@@ -187,18 +230,27 @@ def _describe(tensor: Any) -> str:
     return f"{str(dtype).removeprefix('torch.')}{list(getattr(tensor, 'shape', []))}"
 
 
-def _check_call(what: str, problem: Exception | None, world: World) -> None:
-    """Compare a call between ranks; the same error on all of them if it cannot be."""
-    calls = gather_json([what, str(problem) if problem else None], world=world)
-    failed = [rank for rank, (_, reason) in enumerate(calls) if reason]
-    if failed and problem is None:
-        raise MismatchError(f"rank {failed[0]} could not take part: {calls[failed[0]][1]}")
-    descriptions = [description for description, _ in calls]
-    odd = odd_ones(descriptions)
-    if odd and problem is None:
-        usual = next(rank for rank in range(world.size) if rank not in odd)
-        raise MismatchError(
-            f"ranks called different collectives: {descriptions[odd[0]]} on rank "
-            f"{', '.join(map(str, odd))}, {descriptions[usual]} on rank {usual}; every rank must "
-            "pass the same shape, dtype, op and algorithm"
+def _check_root(root: int, world: World) -> None:
+    if not 0 <= root < world.size:
+        raise ValueError(f"root {root} is no rank of a world of {world.size}")
+
+
+def _check_call(
+    what: str, problem: Exception | None, world: World, check: bool | None = None
+) -> None:
+    """Raise this rank's problem; with ``check``, another rank's too, or that calls differ."""
+    if world.settings.check if check is None else check:
+        calls = _run(
+            world, objects.gather_json([what, problem and str(problem)], None, _channel(world))
         )
+        failed = [(rank, reason) for rank, (_, reason) in enumerate(calls) if reason]
+        descriptions = [description for description, _ in calls]
+        if failed and problem is None:
+            problem = MismatchError(f"rank {failed[0][0]} could not take part: {failed[0][1]}")
+        elif odd_ones(descriptions) and problem is None:
+            problem = MismatchError(
+                f"ranks called different collectives: {who_has_what(descriptions)}; every rank "
+                "must make the same calls, with the same shape, dtype, op and algorithm"
+            )
+    if problem is not None:
+        raise problem

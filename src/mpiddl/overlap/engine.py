@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import threading
-import weakref
 from collections import deque
 from collections.abc import Collection
 from typing import Any
@@ -20,12 +19,12 @@ __all__ = ["Engine", "engine_of"]
 
 
 class Engine:
-    """All collectives of one world.
+    """All collectives of this process, of whatever world.
 
-    One lock guards the generators and, with them, all MPI calls: MPI_THREAD_SERIALIZED is
-    enough. A blocking call takes the lock in the caller's thread and drives everything in
-    flight until its own collective is complete, since a hand-over to another thread and back
-    costs more than a small all-reduce.
+    One lock guards the generators and, with them, their MPI calls. A blocking call drives
+    everything in flight from the caller's thread until its own collective is complete, since a
+    hand-over to another thread and back costs more than a small all-reduce. Whoever waits helps
+    all others on, so no order of waits can keep another rank waiting.
 
     Args:
         mode: ``"inline"``: collectives go on whenever a gradient becomes ready, at the end of
@@ -37,14 +36,17 @@ class Engine:
         self._lock = threading.Lock()
         self._submitted: deque[Work] = deque()  # not seen by a poll yet; appended without the lock
         self._in_flight: list[Work] = []
-        self._drivers: deque[None] = deque()  # callers that want the lock: the thread stands back
+        self._drivers: deque[None] = deque()  # callers that wait: the thread stands back for them
         self._wake = threading.Event()
         self._stopping = False
         self._thread: threading.Thread | None = None
 
-    def submit(self, waits: Waits[Any], result: Any = None) -> Work:
-        """Start a collective. ``result`` is what its ``wait()`` returns (default: its own)."""
-        work = Work(self, waits, result)
+    def submit(self, waits: Waits[Any], world: World, result: Any = None) -> Work:
+        """Start a collective of ``world``.
+
+        ``result`` is what its ``wait()`` returns; default is what the generator returns.
+        """
+        work = Work(self, waits, world, result)
         self._submitted.append(work)
         if self.mode == "thread":
             self._start_thread()
@@ -53,9 +55,9 @@ class Engine:
             self.poll()
         return work
 
-    def run(self, waits: Waits[Any]) -> Any:
+    def run(self, waits: Waits[Any], world: World) -> Any:
         """Run a collective to its end in the caller's thread; return its result."""
-        work = Work(self, waits)
+        work = Work(self, waits, world)
         self._submitted.append(work)
         return work.wait()
 
@@ -69,44 +71,48 @@ class Engine:
 
     def drive(self, works: Collection[Work]) -> None:
         """Help everything in flight on until all of ``works`` are complete."""
-        if all(work.complete for work in works):
-            return
+        pause = Pause()
         self._drivers.append(None)
         try:
-            with self._lock:
-                pause = Pause()
-                while True:
+            while not all(work.complete for work in works):
+                with self._lock:  # for one round: other threads wait for works of theirs
                     moved = self._round()
-                    if all(work.complete for work in works):
-                        return
-                    if moved:
-                        pause.reset()
-                    else:
-                        pause()
+                if moved:
+                    pause.reset()
+                else:
+                    pause()
         finally:
             self._drivers.pop()
             self._wake.set()
 
+    def abandon(self, world: World) -> None:
+        """Forget the collectives of a world that closes."""
+        with self._lock:
+            self._collect()
+            left = [work for work in self._in_flight if work.world is world]
+            self._in_flight = [work for work in self._in_flight if work.world is not world]
+        if left:
+            logger.warning("%d collectives were never waited for; call work.wait()", len(left))
+
     def stop(self) -> None:
-        """End the thread and wait for it. Works that are not complete are abandoned."""
+        """End the thread and wait for it."""
         self._stopping = True
         self._wake.set()
         if self._thread is not None:
             self._thread.join()
-        left = len(self._in_flight) + len(self._submitted)
-        if left:
-            logger.warning("%d collectives were never waited for; call work.wait()", left)
-            self._in_flight.clear()
-            self._submitted.clear()
+
+    def _collect(self) -> None:
+        while self._submitted:
+            self._in_flight.append(self._submitted.popleft())
 
     def _round(self) -> bool:
         """Advance every work once; True if any went on. Under the lock."""
-        while self._submitted:
-            self._in_flight.append(self._submitted.popleft())
+        self._collect()
         moved = False
-        for work in self._in_flight:
-            moved |= work.advance()
-        if moved:
+        try:
+            for work in self._in_flight:
+                moved |= work.advance()
+        finally:
             self._in_flight = [work for work in self._in_flight if not work.complete]
         return moved
 
@@ -119,6 +125,12 @@ class Engine:
     def _loop(self) -> None:
         # Each thread that calls torch gets an OpenMP pool of its own; this one only adds.
         torch.set_num_threads(1)
+        with (
+            torch.inference_mode()
+        ):  # a user's buffer may come from there; gradients never pass here
+            self._poll_until_stopped()
+
+    def _poll_until_stopped(self) -> None:
         pause = Pause()
         while not self._stopping:
             if self._drivers or not (self._in_flight or self._submitted):
@@ -134,19 +146,22 @@ class Engine:
                 pause()
 
 
-_engines: weakref.WeakKeyDictionary[World, Engine] = weakref.WeakKeyDictionary()
+_engine: Engine | None = None
 
 
 def engine_of(world: World) -> Engine:
-    """The engine that drives ``world``'s collectives; made at the first call."""
+    """The engine of this process, for collectives of ``world``; made at the first call.
+
+    Raises:
+        NotInitializedError: ``world`` was closed.
+    """
+    global _engine
     world.check_open()
-    engine = _engines.get(world)
-    if engine is None:
-        engine = _engines[world] = Engine(_mode(world))
-        atexit.register(engine.stop)  # before MPI's own finalizer
-        world.at_close(engine.stop)
-        world.at_close(lambda: atexit.unregister(engine.stop))
-    return engine
+    if _engine is None:
+        _engine = Engine(_mode(world))
+        atexit.register(_engine.stop)  # before MPI's own finalizer
+    world.at_close(_engine.abandon)
+    return _engine
 
 
 def _mode(world: World) -> str:
@@ -156,6 +171,6 @@ def _mode(world: World) -> str:
     """
     wanted = world.settings.engine
     if wanted == "thread" and not world.allows_threads:
-        logger.warning("this MPI grants no MPI_THREAD_SERIALIZED: the engine runs inline")
+        logger.warning("this MPI grants no MPI_THREAD_MULTIPLE: the engine runs inline")
         return "inline"
     return "inline" if wanted == "auto" else wanted

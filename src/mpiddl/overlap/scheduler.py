@@ -8,9 +8,11 @@ from mpiddl.buckets.bucket import Bucket, State
 from mpiddl.errors import GradientError
 from mpiddl.overlap.engine import Engine
 from mpiddl.overlap.work import Work
-from mpiddl.waits import Waits
 
 __all__ = ["Scheduler"]
+
+Reduce = Callable[[int], Work]
+"""Starts the all-reduce of the bucket with this number."""
 
 
 class Scheduler:
@@ -19,7 +21,6 @@ class Scheduler:
     Args:
         buckets: In plan order.
         names: The parameters' names, in model order, for errors.
-        reduce: Makes the all-reduce of bucket ``number`` with this rank's weight in the sum.
         ordered: Launch strictly in plan order, for algorithms that a library runs.
         engine: Drives what was launched.
     """
@@ -28,13 +29,11 @@ class Scheduler:
         self,
         buckets: Sequence[Bucket],
         names: Sequence[str],
-        reduce: Callable[[int, float], Waits[None]],
         ordered: bool,
         engine: Engine,
     ) -> None:
         self._buckets = buckets
         self._names = names
-        self._reduce = reduce
         self._ordered = ordered
         self._engine = engine
         self._bucket_of = {
@@ -44,12 +43,24 @@ class Scheduler:
         self._launched = 0  # with ordered: buckets launched so far
 
     def begin(self) -> None:
-        """A backward starts: every bucket is filling."""
-        self._launched = 0
+        """A backward starts: every bucket is filling.
+
+        Raises:
+            GradientError: An earlier backward raised in the middle, and its buckets are still in
+                flight: writing to them now would spoil what other ranks receive.
+        """
+        self._engine.poll()
+        if not all(work.complete for work in self._works):
+            raise GradientError(
+                "an earlier backward of this model raised while buckets were in flight, and other "
+                "ranks have not sent theirs: the model cannot go on. Let the first error end "
+                "the job"
+            )
+        self._works, self._launched = [], 0
         for bucket in self._buckets:
             bucket.reset()
 
-    def ready(self, member: int, weight: float) -> None:
+    def ready(self, member: int, reduce: Reduce) -> None:
         """Parameter ``member``'s gradient is complete on this rank.
 
         Raises:
@@ -66,31 +77,31 @@ class Scheduler:
         bucket.take(member)
         if not bucket.missing:
             bucket.state = State.READY
-            self._launch(number, weight)
+            self._launch(number, reduce)
         else:
             self._engine.poll()
 
-    def _launch(self, number: int, weight: float) -> None:
+    def _launch(self, number: int, reduce: Reduce) -> None:
         if not self._ordered:
-            self._start(number, weight)
+            self._start(number, reduce)
             return
         while self._launched < len(self._buckets):
             if self._buckets[self._launched].state is not State.READY:
                 return
-            self._start(self._launched, weight)
+            self._start(self._launched, reduce)
             self._launched += 1
 
-    def _start(self, number: int, weight: float) -> None:
+    def _start(self, number: int, reduce: Reduce) -> None:
         self._buckets[number].state = State.IN_FLIGHT
-        self._works.append(self._engine.submit(self._reduce(number, weight)))
+        self._works.append(reduce(number))
 
-    def contribute_zeros(self, weight: float) -> None:
+    def contribute_zeros(self, reduce: Reduce) -> None:
         """This rank has no sample: take part in every bucket all the same."""
         self.begin()
         for number, bucket in enumerate(self._buckets):
             bucket.take_zeros()
             bucket.state = State.READY
-            self._launch(number, weight)
+            self._launch(number, reduce)
 
     def finish(self) -> None:
         """Wait for every bucket.
@@ -113,5 +124,6 @@ class Scheduler:
         return (
             f"backward gave no gradient to {shown}{more}: the loss does not depend on them. Every "
             "parameter must take part on every rank; freeze those that never do with "
-            "requires_grad_(False) before wrapping, or add 0 * parameter.sum() to the loss"
+            "requires_grad_(False) before wrapping, or add 0 * parameter.sum() to the loss. "
+            "(With activation checkpointing, pass use_reentrant=False.)"
         )

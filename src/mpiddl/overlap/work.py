@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from mpiddl.waits import ALREADY, Wait, Waits
 
 if TYPE_CHECKING:
+    from mpiddl.comm.world import World
     from mpiddl.overlap.engine import Engine
 
 __all__ = ["Work"]
@@ -18,7 +19,8 @@ class Work:
     Made by calls with ``async_=True``. The buffer must be left alone until ``wait()`` returns.
     """
 
-    def __init__(self, engine: Engine, waits: Waits[Any], result: Any = None) -> None:
+    def __init__(self, engine: Engine, waits: Waits[Any], world: World, result: Any = None) -> None:
+        self.world = world
         self._engine = engine
         self._waits = waits
         self._wait: Wait = ALREADY
@@ -50,6 +52,8 @@ class Work:
 
     def advance(self) -> bool:
         """Run the generator as far as it goes; True if it went on at all. Engine only."""
+        if self._complete:
+            return False
         moved = False
         try:
             while self._wait.done():
@@ -58,7 +62,9 @@ class Work:
         except StopIteration as end:
             self._result = end.value if self._result is None else self._result
             self._complete = True
-        except Exception as error:
+        except BaseException as error:
             self._error = error
             self._complete = True
+            if not isinstance(error, Exception):  # Ctrl-C: also for whoever happened to poll
+                raise
         return moved

@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
-from mpiddl.buckets import agreement
 from mpiddl.buckets.bucket import Bucket, spec_of
-from mpiddl.buckets.plan import FIRST_BUCKET_BYTES, BucketPlan, plan_buckets
+from mpiddl.buckets.plan import plan_buckets
 from mpiddl.collectives.channel import Channel
 from mpiddl.collectives.choose import choose
-from mpiddl.collectives.reduction import FLOATS, Reduction
+from mpiddl.collectives.reduction import Reduction
 from mpiddl.comm.world import World, current_world
 from mpiddl.devices.host import HOST
-from mpiddl.errors import GradientError, MismatchError, UnsupportedBufferError
+from mpiddl.errors import GradientError, MismatchError
 from mpiddl.overlap.calls import gather_json
 from mpiddl.overlap.engine import engine_of
 from mpiddl.overlap.scheduler import Scheduler
+from mpiddl.overlap.work import Work
 from mpiddl.training.state import broadcast_state
+from mpiddl.training.wrapping import agree_on_plan, attach, detach, trained_parameters
 from mpiddl.units import parse_bytes
-from mpiddl.waits import Waits
 
 __all__ = ["DataParallel", "Stats"]
 
 
-@dataclass
+@dataclasses.dataclass
 class Stats:
     """What the exchange has cost so far.
 
@@ -64,8 +64,8 @@ class DataParallel(torch.nn.Module):
         world: The ranks; default those of ``mpiddl.init()``.
         bucket_size: Largest bucket, in bytes or as ``"25MiB"``; default MPIDDL_BUCKET_SIZE.
         algorithm: All-reduce algorithm; default MPIDDL_ALGORITHM, else ``"auto"``.
-        check: Compare the plan (names, shapes, strides, dtypes, buckets) between ranks first,
-            so that a difference is an error that names the parameter and not a hang.
+        check: Compare names, shapes, strides, dtypes and buckets between ranks first, so that a
+            difference is an error that names the parameter and not a hang.
 
     Raises:
         ValueError: The model is wrapped already, or has nothing to train.
@@ -88,86 +88,88 @@ class DataParallel(torch.nn.Module):
         super().__init__()
         self.module = module
         self.world = world or current_world()
-        named = _trained_parameters(module)
-        self._names = [name for name, _ in named]
-        parameters = [parameter for _, parameter in named]
         settings = self.world.settings
-        self._algorithm_name = algorithm or settings.algorithm
-        self._algorithms = {
-            dtype: choose(self._algorithm_name, dtype)
-            for dtype in {parameter.dtype for parameter in parameters}
-        }
+        algorithm = algorithm or settings.algorithm
+        named = trained_parameters(module)
+        self._names = [name for name, _ in named]
+        self._parameters_reduced = [parameter for _, parameter in named]
+        self._known = set(map(id, self._parameters_reduced))
+        self._algorithms = {p.dtype: choose(algorithm, p.dtype) for _, p in named}
         specs = [spec_of(name, parameter) for name, parameter in named]
-        capacity = _bytes(bucket_size) if bucket_size is not None else settings.bucket_size
-        self.plan = plan_buckets(specs, capacity, FIRST_BUCKET_BYTES)
+        capacity = parse_bytes(bucket_size) if isinstance(bucket_size, str) else bucket_size
+        self.plan = plan_buckets(specs, settings.bucket_size if capacity is None else capacity)
         if check:
-            _agree(self.plan, self._algorithm_name, self.world)
+            agree_on_plan(module, self.plan, algorithm, self.world)
         broadcast_state(module, self.world)
 
-        self._buckets = [Bucket(planned, specs, parameters, HOST) for planned in self.plan.buckets]
-        self._scheduler = self._make_scheduler()
-        self._weight = 1 / self.world.size
+        planned = self.plan.buckets
+        self._buckets = [Bucket(b, specs, self._parameters_reduced, HOST) for b in planned]
+        self._tags = self.world.tags.keep(len(planned))
+        ordered = any(algorithm.ordered for algorithm in self._algorithms.values())
+        native = self.world.bucket_native if ordered else None
+        self._channels = [Channel(self.world, tag, native) for tag in self._tags]
+        self._engine = engine_of(self.world)
+        self._scheduler = Scheduler(self._buckets, self._names, ordered, self._engine)
+        self._weight: float | None = None  # of this rank in the sum, inside batch()
         self._stats = Stats()
         self._synchronises = True
-        self._in_backward = False
-        self._backwards_in_batch = 0
-        self._hooks = [
-            parameter.register_post_accumulate_grad_hook(self._hook_of(member))  # type: ignore[no-untyped-call]
-            for member, parameter in enumerate(parameters)
-        ]
+        self._backward: int | None = None  # autograd's number for the one that runs
+        attach(self, self._names, self._parameters_reduced)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.training and torch.is_grad_enabled():
+            self._check_parameters()
         return self.module(*args, **kwargs)
 
     # The way of a gradient.
 
-    def _make_scheduler(self) -> Scheduler:
-        tags = self.world.tags.keep(len(self._buckets))
-        ordered = any(algorithm.ordered for algorithm in self._algorithms.values())
-        native = self.world.new_native() if ordered else None
-        channels = [Channel(self.world, tag, native) for tag in tags]
+    def gradient_ready(self, member: int, parameter: torch.nn.Parameter) -> None:
+        """Called by the hook of parameter ``member`` when autograd has finished its gradient."""
+        if not self._synchronises:
+            return
+        started = time.perf_counter()
+        name = self._names[member]
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            raise GradientError(
+                f"the gradient of {name!r} is sparse, which cannot be reduced so far; make the "
+                "embedding with sparse=False"
+            )
+        backward = torch._C._current_graph_task_id()
+        if backward != self._backward:
+            self._scheduler.begin()
+            self._backward = backward
+            # Autograd calls back once, after all gradients of this backward.
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+        self._scheduler.ready(member, self._reduce)
+        self._stats.exposed_seconds += time.perf_counter() - started
+
+    def _reduce(self, number: int) -> Work:
+        """Start the all-reduce of bucket ``number``."""
+        self.world.check_open()
+        buffer = self._buckets[number].buffer
+        weight = 1 / self.world.size if self._weight is None else self._weight
+        reduction = Reduction("sum", None if weight == 1 else weight)
+        run = self._algorithms[buffer.dtype].run
         chunk_bytes = self.world.settings.chunk_size
-
-        def reduce(number: int, weight: float) -> Waits[None]:
-            buffer = self._buckets[number].buffer
-            run = self._algorithms[buffer.dtype].run
-            scale = None if self.world.size == 1 and weight == 1 else weight
-            return run(buffer, Reduction("sum", scale), channels[number], HOST, chunk_bytes)
-
-        engine = engine_of(self.world)
-        return Scheduler(self._buckets, self._names, reduce, ordered, engine)
-
-    def _hook_of(self, member: int) -> Callable[[torch.Tensor], None]:
-        def hook(parameter: torch.Tensor) -> None:
-            if not self._synchronises:
-                return
-            started = time.perf_counter()
-            if parameter.grad is not None and parameter.grad.is_sparse:
-                raise GradientError(
-                    f"the gradient of {self._names[member]!r} is sparse, which cannot be reduced "
-                    "so far; make the embedding with sparse=False"
-                )
-            if not self._in_backward:
-                self._in_backward = True
-                self._scheduler.begin()
-                # Autograd calls back once, after all gradients of this backward.
-                torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
-            self._scheduler.ready(member, self._weight)
-            self._stats.exposed_seconds += time.perf_counter() - started
-
-        return hook
-
-    def _end_of_backward(self) -> None:
-        self._in_backward = False
-        self._finish()
+        waits = run(buffer, reduction, self._channels[number], HOST, chunk_bytes)
+        return self._engine.submit(waits, self.world)
 
     def _finish(self) -> None:
         started = time.perf_counter()
+        self._backward = None
         self._scheduler.finish()
-        self._backwards_in_batch += 1
         self._stats.backwards += 1
         self._stats.reduced_bytes += sum(bucket.buffer.nbytes for bucket in self._buckets)
         self._stats.exposed_seconds += time.perf_counter() - started
+
+    def _check_parameters(self) -> None:
+        """Refuse to train what would stay on this rank: parameters new or unfrozen since."""
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad and id(parameter) not in self._known:
+                raise GradientError(
+                    f"parameter {name!r} was not trained, or not there, when the model was "
+                    "wrapped: its gradient would stay on this rank. unwrap() and wrap again"
+                )
 
     # What users control.
 
@@ -185,27 +187,39 @@ class DataParallel(torch.nn.Module):
             total: Samples of all ranks together, the same on every rank.
 
         Raises:
-            ValueError: ``local`` is negative or larger than ``total``, or ``total`` is 0.
+            ValueError: ``local`` is negative or larger than ``total``, or ``total`` is 0; or
+                inside ``no_sync()``, where gradients of several batches share one weight.
             MismatchError: With MPIDDL_CHECK=1: the parts of all ranks do not add up to ``total``.
         """
         if not 0 <= local <= total or total == 0:
             raise ValueError(f"expected 0 <= local <= total and total > 0, got {local} of {total}")
+        if not self._synchronises or self._weight is not None:
+            raise ValueError(
+                "model.batch() inside no_sync() or another batch(): gradients that are "
+                "accumulated cannot have weights of their own. Leave no_sync() out: two backward "
+                "calls equal one on the summed loss"
+            )
         if self.world.settings.check:
             _check_shares(local, total, self.world)
-        before = self._weight
         self._weight = local / total
-        self._backwards_in_batch = 0
+        before = self._stats.backwards
         try:
             yield
-            if local == 0 and self._backwards_in_batch == 0 and self._synchronises:
-                self._scheduler.contribute_zeros(0.0)
+            if local == 0 and self._stats.backwards == before:
+                self._scheduler.contribute_zeros(self._reduce)
                 self._finish()
         finally:
-            self._weight = before
+            self._weight = None
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Leave gradients on this rank, to accumulate; the next backward outside reduces them."""
+        """Leave gradients on this rank, to accumulate; the next backward outside reduces them.
+
+        Raises:
+            ValueError: Inside ``batch()``, as there.
+        """
+        if self._weight is not None:
+            raise ValueError("no_sync() inside model.batch(): see model.batch()")
         before, self._synchronises = self._synchronises, False
         try:
             yield
@@ -214,7 +228,15 @@ class DataParallel(torch.nn.Module):
 
     def stats(self) -> Stats:
         """What the exchange has cost since the model was wrapped."""
-        return self._stats
+        return dataclasses.replace(self._stats)
+
+    def unwrap(self) -> torch.nn.Module:
+        """Take the hooks off and return the model inside. Collective; the wrapper is of no use
+        afterwards, and the model can be wrapped again."""
+        detach(self._parameters_reduced)
+        self.world.tags.give_back(self._tags)
+        self._tags = []
+        return self.module
 
     # A module like the one inside.
 
@@ -226,6 +248,16 @@ class DataParallel(torch.nn.Module):
         """Into the wrapped model, under its own names; on every rank, or replicas differ."""
         return self.module.load_state_dict(state_dict, *args, **kwargs)
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # Reached when a module around this one loads: hand the names on to the model inside.
+        for name in [name for name in state_dict if name.startswith(prefix)]:
+            inner = f"{prefix}module.{name.removeprefix(prefix)}"
+            state_dict[inner] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError("a DataParallel belongs to this job; copy or save model.module instead")
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -233,47 +265,6 @@ class DataParallel(torch.nn.Module):
             if name == "module":  # not there yet: do not look for it in itself
                 raise
             return getattr(self.module, name)
-
-
-def _trained_parameters(module: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
-    """Parameters that require a gradient, each once, in the model's order."""
-    for name, child in module.named_modules():
-        if isinstance(child, DataParallel):
-            where = f"its submodule {name!r}" if name else "the model"
-            raise ValueError(f"{where} is wrapped in DataParallel already; wrap the model once")
-    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    if not named:
-        raise ValueError(
-            f"{type(module).__name__} has no parameter that requires a gradient: nothing to reduce"
-        )
-    for name, parameter in named:
-        if isinstance(parameter, torch.nn.UninitializedParameter):
-            raise UnsupportedBufferError(
-                f"parameter {name!r} has no shape yet; run one forward before wrapping"
-            )
-        if parameter.device.type != "cpu":
-            raise UnsupportedBufferError(
-                f"parameter {name!r} is on {parameter.device}; only models on the CPU can be "
-                "trained so far"
-            )
-        if parameter.dtype not in FLOATS:
-            raise UnsupportedBufferError(
-                f"parameter {name!r} is {parameter.dtype}; valid are "
-                + ", ".join(str(dtype) for dtype in FLOATS)
-            )
-    return named
-
-
-def _bytes(size: int | str) -> int:
-    return parse_bytes(size) if isinstance(size, str) else size
-
-
-def _agree(plan: BucketPlan, algorithm: str, world: World) -> None:
-    """Stop on every rank if plans differ; only then are they sent whole."""
-    digests = gather_json([plan.digest(), algorithm], world=world)
-    if any(digest != digests[0] for digest in digests):
-        lines = [f"algorithm: {algorithm}", *agreement.describe(plan)]
-        raise agreement.first_difference(gather_json(lines, world=world))
 
 
 def _check_shares(local: int, total: int, world: World) -> None:

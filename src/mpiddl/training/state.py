@@ -35,9 +35,8 @@ def broadcast_state(model: torch.nn.Module, world: World) -> None:
     works = []
     for _, copy in copies:
         channel = Channel(world, world.tags.foreground())
-        works.append(
-            engine.submit(broadcast(bytes_of(copy), 0, channel, world.settings.chunk_size))
-        )
+        waits = broadcast(bytes_of(copy), 0, channel, world.settings.chunk_size)
+        works.append(engine.submit(waits, world))
     engine.drive(works)
     for work, (tensor, copy) in zip(works, copies, strict=True):
         work.wait()

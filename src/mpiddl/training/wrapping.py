@@ -1,0 +1,113 @@
+"""What happens once, when a model is wrapped: checks, agreement between ranks, hooks."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from mpiddl.buckets import agreement
+from mpiddl.buckets.bucket import spec_of
+from mpiddl.buckets.plan import BucketPlan
+from mpiddl.collectives.reduction import FLOATS
+from mpiddl.comm.world import World
+from mpiddl.errors import GradientError, UnsupportedBufferError
+from mpiddl.overlap.calls import gather_json
+from mpiddl.training.state import named_state
+
+__all__ = ["agree_on_plan", "attach", "detach", "trained_parameters"]
+
+
+class Wrapper(Protocol):
+    """What a hook needs of the wrapper."""
+
+    def gradient_ready(self, member: int, parameter: torch.nn.Parameter) -> None: ...
+
+
+_hooks: dict[int, tuple[weakref.ReferenceType[Any], Any]] = {}
+"""By a parameter's identity: its wrapper and the hook. A living wrapper keeps its parameters."""
+
+
+def trained_parameters(module: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    """Parameters that require a gradient, each once, in the model's order.
+
+    Raises:
+        ValueError: There is none, or one is wrapped already.
+        UnsupportedBufferError: One cannot be reduced.
+    """
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    if not named:
+        raise ValueError(
+            f"{type(module).__name__} has no parameter that requires a gradient: nothing to reduce"
+        )
+    for name, tensor in named_state(module):
+        if tensor.device.type != "cpu":
+            raise UnsupportedBufferError(
+                f"{name!r} is on {tensor.device}; only models on the CPU can be trained so far"
+            )
+    for name, parameter in named:
+        _check_parameter(name, parameter)
+    return named
+
+
+def _check_parameter(name: str, parameter: torch.nn.Parameter) -> None:
+    wrapper, _ = _hooks.get(id(parameter), (lambda: None, None))
+    if wrapper() is not None:
+        raise ValueError(
+            f"parameter {name!r} is wrapped in DataParallel already and would be reduced twice; "
+            "wrap a model once, or unwrap() the other wrapper first"
+        )
+    if isinstance(parameter, torch.nn.UninitializedParameter):
+        raise UnsupportedBufferError(
+            f"parameter {name!r} has no shape yet; run one forward before wrapping"
+        )
+    if parameter.dtype not in FLOATS:
+        raise UnsupportedBufferError(
+            f"parameter {name!r} is {parameter.dtype}; valid are "
+            + ", ".join(str(dtype) for dtype in FLOATS)
+        )
+
+
+def agree_on_plan(module: torch.nn.Module, plan: BucketPlan, algorithm: str, world: World) -> None:
+    """Stop on every rank if they wrap different models. Collective.
+
+    Raises:
+        MismatchError: Names the first parameter, buffer or bucket that differs.
+    """
+    state = [spec_of(name, tensor) for name, tensor in named_state(module)]
+    lines = agreement.describe(plan, state, algorithm)
+    digests = gather_json(agreement.digest(lines), world=world)
+    if any(theirs != digests[0] for theirs in digests):  # only then send them whole
+        raise agreement.first_difference(gather_json(lines, world=world))
+
+
+def attach(
+    wrapper: Wrapper, names: Sequence[str], parameters: Sequence[torch.nn.Parameter]
+) -> None:
+    """Tell ``wrapper`` of every gradient. The hooks do not keep it alive, but miss it."""
+    reference = weakref.ref(wrapper)
+    for member, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
+        detach([parameter])  # what a wrapper that is gone has left
+
+        def hook(parameter: torch.nn.Parameter, member: int = member, name: str = name) -> None:
+            alive = reference()
+            if alive is None:
+                raise GradientError(
+                    f"the DataParallel around parameter {name!r} is gone, so its gradient would "
+                    "stay on this rank. Keep the wrapper and call the model through it, or "
+                    "unwrap() it to train on this rank alone"
+                )
+            alive.gradient_ready(member, parameter)
+
+        handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+        _hooks[id(parameter)] = (reference, handle)
+
+
+def detach(parameters: Sequence[torch.nn.Parameter]) -> None:
+    """Remove the hooks of these parameters, where there are any."""
+    for parameter in parameters:
+        _, handle = _hooks.pop(id(parameter), (None, None))
+        if handle is not None:
+            handle.remove()
