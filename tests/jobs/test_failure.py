@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import textwrap
 import time
 
 import psutil
@@ -54,6 +55,71 @@ def test_a_status_of_one_rank_is_the_jobs(start, shared_memory_files, action, st
     assert "no data" in job.err or "no data" not in action
     assert seconds_to_end(job) < 2
     assert shared_memory_files() == set()
+
+
+@pytest.mark.parametrize(
+    ("action", "words"),
+    [
+        ("exit(3)", "exited with status 3"),
+        (
+            """
+        import contextlib
+        @contextlib.contextmanager
+        def block():
+            yield
+        with block():
+            sys.exit(3)
+        """,
+            "exited with status 3",
+        ),
+        (
+            """
+        try:
+            sys.exit(3)
+        except SystemExit as leaving:
+            error = leaving
+            error.itself = error
+            raise
+        """,
+            "exited with status 3",
+        ),
+        (
+            """
+        import asyncio
+        async def main():
+            sys.exit(3)
+        asyncio.run(main())
+        """,
+            "exited with status 3",
+        ),
+        (
+            """
+        sys.excepthook = lambda *error: print("another hook")
+        raise ValueError
+        """,
+            "exited with status 1",
+        ),
+    ],
+    ids=["exit", "context manager", "cycle", "asyncio", "another hook"],
+)
+def test_other_ways_to_leave(start, action, words):
+    code = """
+        import sys, time, torch, mpiddl
+        world = mpiddl.init()
+        if world.rank == 1:
+            print("failing at", time.time(), flush=True)
+            leave()
+        while True:
+            mpiddl.all_reduce(torch.ones(100_000))
+    """
+    job = start(2, f"def leave():\n    import sys\n{indented(action)}\n{textwrap.dedent(code)}")
+
+    assert words in job.err, job.both
+    assert seconds_to_end(job) < 2
+
+
+def indented(action):
+    return textwrap.indent(textwrap.dedent(action), "    ")
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,21 @@ def test_rank_0s_settings_count_for_all(start):
     assert job.out.split() == ["library", "library"], job.both
 
 
+def test_different_collectives_are_found(start):
+    code = """
+        import torch, mpiddl
+        world = mpiddl.init()
+        try:
+            mpiddl.barrier() if world.rank else mpiddl.all_reduce(torch.ones(2))
+        except mpiddl.MpiddlError as error:
+            print(error)
+    """
+    job = start(2, code, env={"MPIDDL_CHECK": "1"})
+
+    assert job.status == 0, job.both
+    assert job.out.count("'barrier()' on rank 1") == 2
+
+
 def test_shares_that_do_not_add_up_are_found(start):
     code = """
         import torch, mpiddl
@@ -143,6 +158,20 @@ def test_init_in_a_loaders_worker_is_refused(start):
             except mpiddl.errors.LaunchError as error:
                 print("refused:", "a DataLoader worker" in str(error))
     """
+    at_top = """
+        import torch, mpiddl
+        try:
+            mpiddl.init()
+        except mpiddl.MpiddlError as error:
+            print("refused:", "a multiprocessing child" in str(error))
+        if __name__ == "__main__":
+            loader = torch.utils.data.DataLoader(
+                [1, 2], num_workers=1, multiprocessing_context="forkserver"
+            )
+            next(iter(loader))
+    """
+    job = start(2, at_top)
+    assert job.out.split("\n") == ["refused: True"] * 2 + [""], job.both
     for context in ("forkserver", "fork"):
         job = start(1, code.replace("{context!r}", repr(context)))
         assert job.out.strip() == "refused: True", job.both

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import mpiddl
-from mpiddl.errors import MismatchError, NotInitializedError, UnsupportedBufferError
+from mpiddl.errors import MismatchError, MpiddlError, NotInitializedError, UnsupportedBufferError
 
 
 def refused(agree, error, words, call, buffer=None):
@@ -153,3 +153,32 @@ def test_a_closed_world_is_refused(world, agree):
     part.close()  # idempotent
     words = ["closed", "mpiddl.init()"]
     refused(agree, NotInitializedError, words, lambda: mpiddl.barrier(world=part))
+
+
+def test_roots_that_are_no_rank(world, agree):
+    words = [str(world.size)]
+    refused(agree, ValueError, words, lambda: mpiddl.broadcast_json(1, root=world.size))
+    refused(agree, ValueError, words, lambda: mpiddl.gather_json(1, root=-1))
+
+
+def test_each_odd_rank_is_shown_with_its_own_call(world, agree):
+    if world.size == 1:
+        pytest.skip("one rank cannot disagree")
+    ones = torch.ones(2)
+    words = [f"broadcast(root={rank}) of float32[2]' on rank {rank}" for rank in range(world.size)]
+    refused(agree, MismatchError, words, lambda: mpiddl.broadcast(ones, world.rank, check=True))
+
+
+def test_no_tags_left_says_what_to_do(world, agree):
+    refused(agree, MpiddlError, ["bucket_size", "unwrap"], lambda: world.tags.keep(40_000))
+
+
+def test_the_default_device_is_not_used_inside(world, agree):
+    torch.set_default_device("meta")
+    try:
+        gathered = mpiddl.gather_json(world.rank)
+        mpiddl.barrier()
+        total = mpiddl.all_reduce(numpy.ones(3))
+    finally:
+        torch.set_default_device("cpu")
+    agree(gathered == list(range(world.size)) and total[0] == world.size)

@@ -12,6 +12,7 @@ from torch.nn.functional import mse_loss
 
 import mpiddl
 from mpiddl.errors import GradientError, MismatchError
+from mpiddl.overlap import scheduler
 from mpiddl.overlap.engine import Engine
 
 SAMPLES, FEATURES = 50, 6
@@ -468,3 +469,133 @@ def test_a_parameter_unfrozen_after_wrapping_is_refused(world, agree):
     with pytest.raises(GradientError, match="'0.weight' was not trained"):
         loss_of(model, world)
     agree(True)
+
+
+def test_a_dropped_wrapper_is_missed(world, agree):
+    module = make_model()
+    mpiddl.DataParallel(module)
+    with pytest.raises(GradientError, match="is gone"):
+        loss_of(module, world).backward()
+
+    model = mpiddl.DataParallel(module)  # wrapping again takes the old hooks off
+    model.zero_grad()
+    loss_of(model, world).backward()
+    agree(close(gradients_of(model), mean_gradients(make_model(), world.size)))
+
+
+def test_unwrapped_models_train_alone_and_give_their_tags_back(world, agree):
+    left = len(world.tags._free)
+    module = mpiddl.DataParallel(make_model(), bucket_size=1).unwrap()
+    module.zero_grad()
+    loss_of(module, world).backward()
+
+    agree(close(gradients_of(module), local_gradients(make_model(), world.rank, world.size)))
+    agree(len(world.tags._free) == left, "tags are lost")
+
+
+class FailsOnDemand(torch.autograd.Function):
+    fail = False
+
+    @staticmethod
+    def forward(ctx, inputs):
+        return inputs.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if FailsOnDemand.fail:
+            raise RuntimeError("on demand")
+        return gradient
+
+
+@pytest.mark.parametrize("bucket_size", ["25MiB", 2000])
+def test_after_a_backward_that_raised_on_all_ranks_training_goes_on(
+    world, agree, bucket_size, monkeypatch
+):
+    """With one bucket nothing was in flight, with several the first was."""
+    model = mpiddl.DataParallel(make_model(), bucket_size=bucket_size)
+    inputs, targets = data()
+    hidden = FailsOnDemand.apply(model.module[:2](inputs))
+    monkeypatch.setattr(FailsOnDemand, "fail", True)
+    with pytest.raises(RuntimeError, match="on demand"):
+        mse_loss(model.module[2:](hidden), targets).backward()
+    agree(True)  # every rank's backward has raised
+
+    model.zero_grad()
+    loss_of(model, world).backward()
+
+    agree(close(gradients_of(model), mean_gradients(make_model(), world.size)))
+
+
+def test_batch_and_no_sync_do_not_mix(world, agree):
+    model = mpiddl.DataParallel(make_model())
+    with model.no_sync(), pytest.raises(ValueError, match="no_sync"):
+        model.batch(local=1, total=world.size).__enter__()
+    with model.batch(local=1, total=world.size), pytest.raises(ValueError, match="no_sync"):
+        model.no_sync().__enter__()
+    agree(True)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda model: model.register_buffer("odd", torch.zeros(3)),
+        lambda model: model.register_buffer("same", torch.zeros(3)),
+        lambda model: model.frozen.to(memory_format=torch.channels_last),
+        lambda model: model.frozen.requires_grad_(True),
+    ],
+    ids=["another buffer", "a longer buffer", "frozen strides", "unfrozen"],
+)
+def test_tensors_that_are_not_trained_are_compared_too(world, agree, spoil):
+    if world.size == 1:
+        pytest.skip("one rank cannot differ")
+    model = nn.Linear(2, 2)
+    model.frozen = nn.Conv2d(2, 2, 2).requires_grad_(False)
+    model.register_buffer("same", torch.zeros(2))
+    if world.rank == world.size - 1:
+        spoil(model)
+    with pytest.raises(MismatchError, match=f"on rank {world.size - 1}"):
+        mpiddl.DataParallel(model)
+    agree(True)
+
+
+def test_replaced_parameters_are_refused(world, agree):
+    model = mpiddl.DataParallel(make_model())
+    model.load_state_dict(make_model().state_dict(), assign=True)
+    with pytest.raises(GradientError, match=r"'0\.weight'.*wrap again"):
+        loss_of(model, world)
+    agree(True)
+
+
+def test_a_module_around_the_wrapper_saves_and_loads(world, agree):
+    around = nn.ModuleDict({"inner": mpiddl.DataParallel(make_model())})
+    other = nn.ModuleDict({"inner": make_model(seed=8)})
+
+    agree(list(around.state_dict()) == list(other.state_dict()), list(around.state_dict()))
+    around.load_state_dict(other.state_dict())
+    agree(distance(around, other) == 0)
+
+
+def test_copies_are_refused_with_a_hint(world, agree):
+    model = mpiddl.DataParallel(make_model())
+    with pytest.raises(TypeError, match=r"model\.module"):
+        copy.deepcopy(model)
+    agree(True)
+
+
+def test_after_a_backward_that_raised_on_one_rank_the_next_is_refused(world, agree, monkeypatch):
+    if world.size == 1:
+        pytest.skip("nothing can be left in flight")
+    monkeypatch.setattr(scheduler, "LEFT_OVER_SECONDS", 0.1)
+    group = world.split(0)
+    model = mpiddl.DataParallel(make_model(), bucket_size=2000, world=group)
+    inputs, targets = data()
+    if world.rank == 0:
+        hidden = FailsOnDemand.apply(model.module[:2](inputs))
+        monkeypatch.setattr(FailsOnDemand, "fail", True)
+        with pytest.raises(RuntimeError, match="on demand"):
+            mse_loss(model.module[2:](hidden), targets).backward()
+        model.zero_grad()
+        with pytest.raises(GradientError, match="earlier backward"):
+            loss_of(model, world).backward()
+    agree(True)
+    group.close()

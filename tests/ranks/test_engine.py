@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from mpi4py import MPI
 from samples import buffer_of, expected
 
 import mpiddl
+from mpiddl.collectives.barrier import barrier
 from mpiddl.collectives.channel import Channel
 from mpiddl.collectives.reduction import Reduction
 from mpiddl.collectives.ring import ring_all_reduce
@@ -127,8 +129,6 @@ def test_an_error_in_a_collective_is_raised_by_wait(world, agree, engine):
 
 def test_driving_from_two_threads(world, agree):
     """Calls from several threads take turns; each gets its own result."""
-    import threading
-
     group = world.split(0)
     results = {}
 
@@ -149,3 +149,59 @@ def test_driving_from_two_threads(world, agree):
     want = expected("sum", world.size, 500, torch.float32)
     agree(all(torch.equal(result, want) for result in results.values()) and len(results) == 4)
     group.close()
+
+
+def test_two_worlds_waited_for_in_opposite_orders(world, agree):
+    """Whoever waits helps all worlds on, so this cannot deadlock."""
+    group = world.split(0)
+    one, other = torch.ones(2000), torch.ones(3000)
+    work = mpiddl.all_reduce(one, async_=True, world=group)
+    if world.rank % 2:
+        work.wait()
+    mpiddl.all_reduce(other)
+    work.wait()
+
+    agree(one[0] == other[-1] == world.size)
+    group.close()
+
+
+def test_a_thread_gets_its_result_while_another_waits(world, agree):
+    """One thread waits for a work that completes only after another thread's is done."""
+    tags = world.tags.keep(1)
+    driver = Engine("inline")
+    gate = Held()
+    buffer = buffer_of(world.rank, 100, torch.float32)
+    held = driver.submit(reduction(world, tags[0], buffer, gate), world)
+    waiting = threading.Thread(target=held.wait)
+    waiting.start()
+
+    driver.run(barrier(Channel(world, world.tags.keep(1)[0])), world)
+    gate.released = True
+    waiting.join(timeout=30)
+
+    agree(not waiting.is_alive(), "the thread hangs")
+    agree(torch.equal(buffer, expected("sum", world.size, 100, torch.float32)))
+
+
+def test_ctrl_c_in_a_collective_is_no_completion(world, agree):
+    class Interrupted:
+        def done(self):
+            raise KeyboardInterrupt
+
+    def interrupted():
+        yield Interrupted()
+
+    driver = Engine("inline")
+    with pytest.raises(KeyboardInterrupt):
+        driver.submit(interrupted(), world).wait()
+    work = driver.run(barrier(Channel(world, world.tags.keep(1)[0])), world)
+    agree(work is None and not driver._in_flight, "the interrupted work is still there")
+
+
+def test_inference_tensors_in_the_engines_thread(world, agree):
+    driver = Engine("thread")
+    with torch.inference_mode():
+        buffer = buffer_of(world.rank, 1000, torch.float32)
+        driver.submit(reduction(world, world.tags.keep(1)[0], buffer), world).wait()
+        agree(torch.equal(buffer, expected("sum", world.size, 1000, torch.float32)))
+    driver.stop()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import math
 import threading
+import time
 from collections import deque
 from collections.abc import Collection
 from typing import Any
@@ -69,12 +71,13 @@ class Engine:
             finally:
                 self._lock.release()
 
-    def drive(self, works: Collection[Work]) -> None:
-        """Help everything in flight on until all of ``works`` are complete."""
+    def drive(self, works: Collection[Work], seconds: float = math.inf) -> None:
+        """Help everything in flight on until all of ``works`` are complete, or time is up."""
         pause = Pause()
+        until = time.monotonic() + seconds
         self._drivers.append(None)
         try:
-            while not all(work.complete for work in works):
+            while not all(work.complete for work in works) and time.monotonic() < until:
                 with self._lock:  # for one round: other threads wait for works of theirs
                     moved = self._round()
                 if moved:

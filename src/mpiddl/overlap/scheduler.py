@@ -11,6 +11,8 @@ from mpiddl.overlap.work import Work
 
 __all__ = ["Scheduler"]
 
+LEFT_OVER_SECONDS = 10.0
+
 Reduce = Callable[[int], Work]
 """Starts the all-reduce of the bucket with this number."""
 
@@ -49,7 +51,8 @@ class Scheduler:
             GradientError: An earlier backward raised in the middle, and its buckets are still in
                 flight: writing to them now would spoil what other ranks receive.
         """
-        self._engine.poll()
+        # Where all ranks met the same error all have sent the same buckets, and they complete.
+        self._engine.drive(self._works, LEFT_OVER_SECONDS)
         if not all(work.complete for work in self._works):
             raise GradientError(
                 "an earlier backward of this model raised while buckets were in flight, and other "
