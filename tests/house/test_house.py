@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 import mpiddl
+from mpiddl.collectives.choose import ALGORITHMS
+from mpiddl.settings import ALGORITHM_NAMES
 
 TOP = Path(__file__).parents[2]
 SOURCE = TOP / "src" / "mpiddl"
@@ -51,13 +53,9 @@ def test_all_lists_what_is_public(module):
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
     }
     public = set(getattr(importlib.import_module(module), "__all__", []))
-    assert names <= public | HELPERS.get(module, set()), names - public
+    assert names <= public, names - public
     for name in public:
         assert hasattr(importlib.import_module(module), name)
-
-
-# Used by their own folder only.
-HELPERS = {"mpiddl.collectives.choose": {"AllReduce"}}
 
 
 def test_public_names_exist_and_are_documented():
@@ -140,6 +138,10 @@ def test_links_between_documents_lead_somewhere():
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text()):
             if "://" not in target:
                 assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_settings_name_every_algorithm():
+    assert set(ALGORITHM_NAMES) == {"auto", *ALGORITHMS}
 
 
 def test_version_is_in_the_changelog():

@@ -18,7 +18,7 @@ from mpiddl.errors import UnsupportedBufferError
 from mpiddl.settings import ALGORITHM_NAMES
 from mpiddl.waits import Waits
 
-__all__ = ["ALGORITHMS", "Algorithm", "choose"]
+__all__ = ["ALGORITHMS", "Algorithm", "AllReduce", "choose"]
 
 
 class AllReduce(Protocol):

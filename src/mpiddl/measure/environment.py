@@ -31,6 +31,7 @@ def rank_facts(world: World | None) -> dict[str, Any]:
     """
     return {
         "hostname": socket.gethostname(),
+        "cpu": _cpu(),
         "cores": sorted(os.sched_getaffinity(0)),
         "node_cores": psutil.cpu_count(logical=True),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
@@ -45,6 +46,14 @@ def rank_facts(world: World | None) -> dict[str, Any]:
         "mpi": None if world is None else _mpi(),
         "place": None if world is None else _place(world),
     }
+
+
+def _cpu() -> str | None:
+    """The processor's name, as Linux has it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else None
 
 
 def _place(world: World) -> dict[str, int]:

@@ -20,7 +20,7 @@ from mpiddl.training.state import named_state
 __all__ = ["agree_on_plan", "attach", "detach", "trained_parameters"]
 
 
-class Wrapper(Protocol):
+class _Wrapper(Protocol):
     """What a hook needs of the wrapper."""
 
     def gradient_ready(self, member: int, parameter: torch.nn.Parameter) -> None: ...
@@ -84,7 +84,7 @@ def agree_on_plan(module: torch.nn.Module, plan: BucketPlan, algorithm: str, wor
 
 
 def attach(
-    wrapper: Wrapper, names: Sequence[str], parameters: Sequence[torch.nn.Parameter]
+    wrapper: _Wrapper, names: Sequence[str], parameters: Sequence[torch.nn.Parameter]
 ) -> None:
     """Tell ``wrapper`` of every gradient. The hooks do not keep it alive, but miss it."""
     reference = weakref.ref(wrapper)
