@@ -17,15 +17,15 @@ def split(length: int, parts: int) -> list[slice]:
     return [slice(start, stop) for start, stop in pairwise(starts)]
 
 
-def chunked(segment: slice, chunk: int, count: int | None = None) -> list[slice]:
-    """Slices of at most ``chunk`` elements that cover ``segment`` in order.
+def chunked(segment: slice, chunk_length: int, num_chunks: int = 0) -> list[slice]:
+    """Slices of at most ``chunk_length`` elements that cover ``segment`` in order.
 
     Args:
         segment: A slice with start and stop.
-        chunk: Largest chunk, in elements.
-        count: Pads the list with empty slices to this many, so that the chunks of
+        chunk_length: Of the largest chunk, in elements.
+        num_chunks: Pads the list with empty slices to this many, so that the chunks of
             segments which differ by one element can be walked in step.
     """
-    starts = range(segment.start, segment.stop, chunk)
-    chunks = [slice(start, min(start + chunk, segment.stop)) for start in starts]
-    return chunks + [slice(segment.stop, segment.stop)] * ((count or 0) - len(chunks))
+    starts = range(segment.start, segment.stop, chunk_length)
+    chunks = [slice(start, min(start + chunk_length, segment.stop)) for start in starts]
+    return chunks + [slice(segment.stop, segment.stop)] * (num_chunks - len(chunks))

@@ -33,7 +33,7 @@ def ring_all_reduce(
     """Reduce ``buffer`` over all ranks, in place; the same bits on every rank.
 
     A rank works through 2(n-1) steps of equally many chunks. A chunk that has arrived in one
-    step is sent on in the next, so a rank may wait for the chunk ``lag`` places behind the one
+    step is sent on in the next, so a rank may wait for the chunk ``lag`` turns behind the one
     that it sends, and up to ``lag + 1`` chunks are in flight each way.
 
     Needs ``lag + 1`` chunks of scratch. A segment's sum is formed in one order, on the way round
@@ -47,24 +47,22 @@ def ring_all_reduce(
         if reduction.weight is not None:
             device.scale(buffer, reduction.weight)
         return
-    segments = split(len(buffer), size)
-    longest = segments[0].stop - segments[0].start
-    chunk = max(1, min(longest, chunk_bytes // buffer.itemsize))  # elements
-    count = max(1, -(-longest // chunk))
-    chunks = [[buffer[part] for part in chunked(segment, chunk, count)] for segment in segments]
-    places = [(step, part) for step in range(2 * (size - 1)) for part in range(count)]
-    lag = min(DEPTH, count) - 1
+    chunks, chunk_length = _chunks(buffer, size, chunk_bytes)
+    num_chunks = len(chunks[0])
+    turns = [(step, index) for step in range(2 * (size - 1)) for index in range(num_chunks)]
+    lag = min(DEPTH, num_chunks) - 1
 
     sends: deque[Wait] = deque()
     receives: deque[Wait] = deque()
-    with device.scratch((lag + 1) * chunk, buffer.dtype) as scratch:
-        for place in range(len(places) + lag):
-            if place < len(places):
-                step, part = places[place]
-                outgoing = chunks[(rank - step) % size][part]
-                incoming = chunks[(rank - step - 1) % size][part]
+    with device.scratch((lag + 1) * chunk_length, buffer.dtype) as scratch:
+        slots = [scratch[slot] for slot in chunked(slice(0, len(scratch)), chunk_length)]
+        for turn in range(len(turns) + lag):
+            if turn < len(turns):
+                step, index = turns[turn]
+                outgoing = chunks[(rank - step) % size][index]
+                incoming = chunks[(rank - step - 1) % size][index]
                 if step < size - 1:  # reduce-scatter: the partial sum stays until it is added to
-                    incoming = _slot(scratch, place % (lag + 1), chunk)[: len(incoming)]
+                    incoming = slots[turn % (lag + 1)][: len(incoming)]
                 if len(sends) > lag:  # also frees the chunk that an all-gather receive overwrites
                     yield sends.popleft()
                 # The receive is posted before the send, so ranks never wait for each other in a
@@ -73,16 +71,25 @@ def ring_all_reduce(
                 if step == 0 and reduction.weight is not None:
                     device.scale(outgoing, reduction.weight)
                 sends.append(channel.send(outgoing, right))
-            if place >= lag:
+            if turn >= lag:
                 yield receives.popleft()
-                step, part = places[place - lag]
+                step, index = turns[turn - lag]
                 if step < size - 1:
-                    partial = chunks[(rank - step - 1) % size][part]
-                    arrived = _slot(scratch, (place - lag) % (lag + 1), chunk)[: len(partial)]
+                    partial = chunks[(rank - step - 1) % size][index]
+                    arrived = slots[(turn - lag) % (lag + 1)][: len(partial)]
                     device.fold(reduction.op, partial, arrived, reduction.weight)
         while sends:
             yield sends.popleft()
 
 
-def _slot(scratch: Buffer, index: int, chunk: int) -> Buffer:
-    return scratch[index * chunk : (index + 1) * chunk]
+def _chunks(buffer: Buffer, size: int, chunk_bytes: int) -> tuple[list[list[Buffer]], int]:
+    """``size`` segments of equally many chunks each, and the length of the longest chunk."""
+    segments = split(len(buffer), size)
+    longest = segments[0].stop - segments[0].start
+    chunk_length = max(1, min(longest, chunk_bytes // buffer.itemsize))
+    num_chunks = max(1, -(-longest // chunk_length))
+    chunks = [
+        [buffer[chunk] for chunk in chunked(segment, chunk_length, num_chunks)]
+        for segment in segments
+    ]
+    return chunks, chunk_length

@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from mpiddl.log import logger
 
 __all__ = ["install"]
 
+LAST_WORDS_SECONDS = 0.2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 _SHARED_MEMORY = re.compile(r"\s(/dev/shm/(?:mpich_shm_|sm_segment\.|vader_segment\.)\S*)$", re.M)
@@ -74,34 +76,40 @@ def install(rank: int, size: int, hostname: str, abort: Callable[[int], None]) -
     if _installed:
         return
     _installed = True
-    owner = os.getpid()
-    os.register_at_fork(before=_ForkWarning(owner))
+    os.register_at_fork(before=_ForkWarning(os.getpid()))
     if size == 1:
         atexit.register(_remove_shared_memory_files)
         return
-    name = f"rank {rank} of {size} on {hostname}"
-    inherited = sys.excepthook
+    guard = _Guard(f"rank {rank} of {size} on {hostname}", abort)
+    sys.excepthook = guard.on_exception
+    sys.exit = _exit
+    builtins.exit = builtins.quit = _exit  # type: ignore[assignment] # the site module's
+    atexit.register(guard.at_exit)
 
-    def end(message: str, status: int) -> None:
-        with contextlib.suppress(OSError, ValueError):  # a closed pipe must not keep the job up
-            sys.stdout.flush()
-            sys.stderr.write(message)
-            sys.stderr.flush()
-        _remove_shared_memory_files()
-        abort(status)
 
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if os.getpid() != owner:  # a forked child is no rank
-            inherited(kind, error, trace)
+class _Guard:
+    """Ends the job when this process fails. A forked child is no rank, and left alone."""
+
+    def __init__(self, name: str, abort: Callable[[int], None]) -> None:
+        self._name = name
+        self._abort = abort
+        self._owner = os.getpid()
+        self._inherited = sys.excepthook
+
+    def on_exception(
+        self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        if os.getpid() != self._owner:
+            self._inherited(kind, error, trace)
         elif issubclass(kind, KeyboardInterrupt):
-            end(f"mpiddl: {name} was interrupted; ending the job\n", INTERRUPTED)
+            self._end("was interrupted; ending the job\n", INTERRUPTED)
         else:
             lines = "".join(traceback.format_exception(kind, error, trace))
-            end(f"mpiddl: {name} failed; ending the job\n{lines}", 1)
+            self._end(f"failed; ending the job\n{lines}", 1)
 
-    def at_exit() -> None:
+    def at_exit(self) -> None:
         global _leaving
-        if os.getpid() != owner:
+        if os.getpid() != self._owner:
             return
         _leaving = True
         gc.collect()
@@ -109,12 +117,18 @@ def install(rank: int, size: int, hostname: str, abort: Callable[[int], None]) -
         if status == 0 and hasattr(sys, "last_value"):  # another hook printed an exception
             status = 1
         if status != 0:
-            end(f"mpiddl: {name} exited with status {status}; ending the job\n", status)
+            self._end(f"exited with status {status}; ending the job\n", status)
 
-    sys.excepthook = hook
-    sys.exit = _exit
-    builtins.exit = builtins.quit = _exit  # type: ignore[assignment] # the site module's, which programs use too
-    atexit.register(at_exit)
+    def _end(self, what: str, status: int) -> None:
+        with contextlib.suppress(OSError, ValueError):  # a closed pipe must not keep the job up
+            sys.stdout.flush()
+            sys.stderr.write(f"mpiddl: {self._name} {what}")
+            sys.stderr.flush()
+        _remove_shared_memory_files()
+        # A launcher that is busy drops what it has not read of an aborted rank's output, and
+        # nobody tells how far it has read: seen with Open MPI on a loaded node.
+        time.sleep(LAST_WORDS_SECONDS)
+        self._abort(status)
 
 
 def _remove_shared_memory_files() -> None:
