@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import textwrap
@@ -66,6 +67,17 @@ def start(tmp_path, clean_environment):
 
 @pytest.fixture
 def shared_memory_files():
-    """``shared_memory_files()`` lists the files in /dev/shm that were not there before."""
+    """``shared_memory_files()`` lists new files in /dev/shm that no living process has mapped."""
     before = {path.name for path in SHARED_MEMORY.iterdir()}
-    return lambda: {path.name for path in SHARED_MEMORY.iterdir()} - before
+
+    def left():
+        new = {path.name for path in SHARED_MEMORY.iterdir()} - before
+        return {name for name in new if not any(name in maps for maps in all_maps())}
+
+    return left
+
+
+def all_maps():
+    for path in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            yield path.read_text()
