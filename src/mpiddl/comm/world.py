@@ -200,12 +200,11 @@ def init(comm: MPI.Comm | None = None, *, device: str | torch.device | None = No
         return _current
     launch = launchers.read_launch()
     MPI = library.load(launch)
-    name = library.library_name(MPI.Get_library_version())
-    launchers.refuse_singleton(launch, MPI.COMM_WORLD.Get_size(), name)
-
     everyone = MPI.COMM_WORLD
     failure.install(everyone.Get_rank(), everyone.Get_size(), socket.gethostname(), everyone.Abort)
     name_rank(everyone.Get_rank())
+    name = library.library_name(MPI.Get_library_version())
+    launchers.refuse_singleton(launch, everyone.Get_size(), name)
     settings = _settings_of_first(comm or everyone)
     world = World(comm or everyone, launch, settings, device or "cpu")
     if launch.local_rank not in (None, world.local_rank) and comm is None:
