@@ -2,7 +2,9 @@
 
     tools/mpirun -n 2 python benchmarks/all_reduce.py --json benchmarks/results/all_reduce.json
 
-The algorithms take turns, so that a machine that slows down slows both; every result is checked.
+``ring`` and ``library`` are mpiddl's (``library`` is MPI_Iallreduce, driven as everything in mpiddl
+is); ``mpi`` is a plain blocking MPI_Allreduce through mpi4py. They take turns, so that a machine
+that slows down slows all; every result is checked.
 Definitions as in nccl-tests: algbw = bytes / time, busbw = algbw x 2(n-1)/n, GB = 1e9 bytes.
 """
 
@@ -23,15 +25,20 @@ from mpiddl.cli.run import run
 from mpiddl.measure.environment import rank_facts
 from mpiddl.units import format_bytes, parse_bytes
 
-ALGORITHMS = ("ring", "library")
+ALGORITHMS = ("ring", "library", "mpi")
 
 
 def seconds_of(algorithm: str, length: int, world: mpiddl.World) -> float:
     """One checked all-reduce between barriers; the slowest rank counts."""
     buffer = torch.full((length,), float(world.rank + 1))
+    from mpi4py import MPI  # after mpiddl.init(), which starts it
+
     mpiddl.barrier()
     started = time.perf_counter()
-    mpiddl.all_reduce(buffer, algorithm=algorithm)
+    if algorithm == "mpi":
+        MPI.COMM_WORLD.Allreduce(MPI.IN_PLACE, buffer.numpy())
+    else:
+        mpiddl.all_reduce(buffer, algorithm=algorithm)
     seconds = time.perf_counter() - started
     want = world.size * (world.size + 1) / 2
     if not torch.all(buffer == want):

