@@ -10,6 +10,10 @@ MPI ?= openmpi
 NP ?= 2
 ARGS ?=
 
+ifeq ($(filter $(MPI),openmpi mpich intel system),)
+$(error MPI=$(MPI) is none of openmpi, mpich, intel, system)
+endif
+
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q

@@ -276,7 +276,7 @@ def test_parameters_and_buffers_start_as_rank_0s(world, agree):
     def make(seed):
         module = nn.Sequential(make_model(seed=seed), nn.BatchNorm1d(1).double())
         module[1].running_mean.fill_(seed)
-        module.register_buffer("strided", torch.arange(12).reshape(3, 4).t()[::2] + seed)
+        module.register_buffer("strided", (torch.arange(12) + seed).reshape(3, 4).t()[::2])
         module.register_buffer("flags", torch.tensor([seed % 2 == 0]))
         return module
 
