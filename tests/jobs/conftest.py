@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 import textwrap
 import time
@@ -13,6 +14,7 @@ import pytest
 
 TOP = Path(__file__).parents[2]
 MPIRUN = str(TOP / "tools" / "mpirun")
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # some launchers give ranks a terminal
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 
 
@@ -30,7 +32,7 @@ class Job:
 
     def __init__(self, process: subprocess.CompletedProcess, seconds: float) -> None:
         self.status = process.returncode
-        self.out, self.err = process.stdout, process.stderr
+        self.out, self.err = (COLOUR.sub("", text) for text in (process.stdout, process.stderr))
         self.both = self.out + self.err
         self.seconds = seconds
         self.ended_at = time.time()

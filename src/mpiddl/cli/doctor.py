@@ -78,7 +78,7 @@ def _show(report: dict[str, Any]) -> None:
     for trap in report["traps"]:
         colour = colours[trap["severity"]]
         console.print(f"\n[{colour}]{trap['severity']}[/{colour}]: {escape(trap['what'])}")
-        console.print(f"  fix: {escape(trap['fix'])}")
+        console.print(f"  fix: {escape(trap['fix'])}", soft_wrap=True)  # to be copied whole
     if not any(trap["severity"] == "error" for trap in report["traps"]):
         console.print("\n[green]ready to train[/green]")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, TypeVar, overload
 
 import numpy
@@ -88,8 +89,12 @@ def all_reduce(
         chosen = choose(algorithm, buffer.dtype)
     except (ValueError, TypeError) as error:
         problem = error
-    what = f"all_reduce(op={op!r}, algorithm={algorithm!r}) of {_describe(tensor)}"
-    _check_call(what, problem, world, check)
+    _check_call(
+        lambda: f"all_reduce(op={op!r}, algorithm={algorithm!r}) of {_describe(tensor)}",
+        problem,
+        world,
+        check,
+    )
     channel = _channel(world)
     waits = chosen.run(buffer, reduction, channel, HOST, world.settings.chunk_size)
     work = engine_of(world).submit(waits, world, result=tensor)
@@ -136,7 +141,7 @@ def broadcast(
         _check_root(root, world)
     except (ValueError, TypeError) as error:
         problem = error
-    _check_call(f"broadcast(root={root}) of {_describe(tensor)}", problem, world, check)
+    _check_call(lambda: f"broadcast(root={root}) of {_describe(tensor)}", problem, world, check)
     channel = _channel(world)
     waits = broadcasts.broadcast(bytes_of(buffer), root, channel, world.settings.chunk_size)
     work = engine_of(world).submit(waits, world, result=tensor)
@@ -146,7 +151,7 @@ def broadcast(
 def barrier(*, world: World | None = None) -> None:
     """Return once every rank has called it."""
     world = world or current_world()
-    _check_call("barrier()", None, world)
+    _check_call(lambda: "barrier()", None, world)
     _run(world, barriers.barrier(_channel(world)))
 
 
@@ -161,7 +166,7 @@ def broadcast_json(value: Any, root: int = 0, *, world: World | None = None) -> 
     """
     world = world or current_world()
     _check_root(root, world)
-    _check_call(f"broadcast_json(root={root})", None, world)
+    _check_call(lambda: f"broadcast_json(root={root})", None, world)
     return _run(world, objects.broadcast_json(value, root, _channel(world)))
 
 
@@ -175,7 +180,7 @@ def gather_json(value: Any, root: int | None = None, *, world: World | None = No
     world = world or current_world()
     if root is not None:
         _check_root(root, world)
-    _check_call(f"gather_json(root={root})", None, world)
+    _check_call(lambda: f"gather_json(root={root})", None, world)
     return _run(world, objects.gather_json(value, root, _channel(world)))
 
 
@@ -236,13 +241,15 @@ def _check_root(root: int, world: World) -> None:
 
 
 def _check_call(
-    what: str, problem: Exception | None, world: World, check: bool | None = None
+    describe: Callable[[], str],
+    problem: Exception | None,
+    world: World,
+    check: bool | None = None,
 ) -> None:
     """Raise this rank's problem; with ``check``, another rank's too, or that calls differ."""
     if world.settings.check if check is None else check:
-        calls = _run(
-            world, objects.gather_json([what, problem and str(problem)], None, _channel(world))
-        )
+        mine = [describe(), problem and str(problem)]
+        calls = _run(world, objects.gather_json(mine, None, _channel(world)))
         failed = [(rank, reason) for rank, (_, reason) in enumerate(calls) if reason]
         descriptions = [description for description, _ in calls]
         if failed and problem is None:
