@@ -41,8 +41,6 @@ class Messages:
         self._comm = comm
         self._byte = MPI.BYTE
         self._memory = MPI.memory.fromaddress
-        self.rank: int = comm.Get_rank()
-        self.size: int = comm.Get_size()
 
     def send(self, address: int, nbytes: int, peer: int, tag: int) -> Wait:
         """Send ``nbytes`` from ``address``; they must stay as they are until the wait is done."""

@@ -20,7 +20,7 @@ class _EpochSampler:
     """Length, seed and epoch, checked."""
 
     def __init__(self, dataset: Sized | int, world: World | None, shuffle: bool, seed: int) -> None:
-        self.dataset = dataset if hasattr(dataset, "__len__") else None
+        self.dataset = dataset if isinstance(dataset, Sized) else None
         self.length = len(dataset) if isinstance(dataset, Sized) else operator.index(dataset)
         if self.length < 1:
             raise ValueError("the data set is empty")

@@ -128,9 +128,8 @@ class Engine:
     def _loop(self) -> None:
         # Each thread that calls torch gets an OpenMP pool of its own; this one only adds.
         torch.set_num_threads(1)
-        with (
-            torch.inference_mode()
-        ):  # a user's buffer may come from there; gradients never pass here
+        # A user's buffer may have been made in inference mode, and autograd has no part in this.
+        with torch.inference_mode():
             self._poll_until_stopped()
 
     def _poll_until_stopped(self) -> None:

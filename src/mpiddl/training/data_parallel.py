@@ -104,6 +104,7 @@ class DataParallel(torch.nn.Module):
 
         planned = self.plan.buckets
         self._buckets = [Bucket(b, specs, self._parameters_reduced, HOST) for b in planned]
+        self._nbytes = sum(bucket.buffer.nbytes for bucket in self._buckets)
         self._tags = self.world.tags.keep(len(planned))
         ordered = any(algorithm.ordered for algorithm in self._algorithms.values())
         native = self.world.bucket_native if ordered else None
@@ -159,7 +160,7 @@ class DataParallel(torch.nn.Module):
         self._backward = None
         self._scheduler.finish()
         self._stats.backwards += 1
-        self._stats.reduced_bytes += sum(bucket.buffer.nbytes for bucket in self._buckets)
+        self._stats.reduced_bytes += self._nbytes
         self._stats.exposed_seconds += time.perf_counter() - started
 
     def _check_parameters(self) -> None:

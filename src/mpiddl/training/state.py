@@ -37,7 +37,6 @@ def broadcast_state(model: torch.nn.Module, world: World) -> None:
         channel = Channel(world, world.tags.foreground())
         waits = broadcast(bytes_of(copy), 0, channel, world.settings.chunk_size)
         works.append(engine.submit(waits, world))
-    engine.drive(works)
     for work, (tensor, copy) in zip(works, copies, strict=True):
         work.wait()
         if copy.data_ptr() != tensor.data_ptr():
