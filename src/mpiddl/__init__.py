@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mpiddl.overlap.calls import broadcast as broadcast
     from mpiddl.overlap.calls import broadcast_json as broadcast_json
     from mpiddl.overlap.calls import gather_json as gather_json
+    from mpiddl.overlap.memory import empty as empty
     from mpiddl.overlap.work import Work as Work
     from mpiddl.training import replicas as replicas
     from mpiddl.training.data_parallel import DataParallel as DataParallel
@@ -42,6 +43,7 @@ _HOMES = {
     "barrier": "mpiddl.overlap.calls",
     "broadcast": "mpiddl.overlap.calls",
     "broadcast_json": "mpiddl.overlap.calls",
+    "empty": "mpiddl.overlap.memory",
     "gather_json": "mpiddl.overlap.calls",
     "init": "mpiddl.comm.world",
     "replicas": "mpiddl.training.replicas",
@@ -59,6 +61,7 @@ __all__ = [
     "barrier",
     "broadcast",
     "broadcast_json",
+    "empty",
     "gather_json",
     "init",
     "replicas",

@@ -68,7 +68,7 @@ def test_kept_scratch_is_bounded():
 def bucket_of(*parameters):
     specs = [spec_of(f"p{number}", parameter) for number, parameter in enumerate(parameters)]
     plan = plan_buckets(specs, 1 << 20)
-    return Bucket(plan.buckets[0], specs, parameters, HOST)
+    return Bucket(plan.buckets[0], specs, parameters, torch.empty(plan.buckets[0].length))
 
 
 def test_a_bucket_takes_gradients_wherever_they_are():

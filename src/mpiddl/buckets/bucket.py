@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from mpiddl.buckets.plan import ParameterSpec, PlannedBucket
-from mpiddl.devices.base import Device
+from mpiddl.devices.base import Buffer
 
 __all__ = ["Bucket", "State", "spec_of"]
 
@@ -44,10 +44,10 @@ class Bucket:
         planned: PlannedBucket,
         specs: Sequence[ParameterSpec],
         parameters: Sequence[torch.nn.Parameter],
-        device: Device,
+        buffer: Buffer,
     ) -> None:
         self.parameters = {member: parameters[member] for member in planned.members}
-        self.buffer = device.empty(planned.length, getattr(torch, planned.dtype))
+        self.buffer = buffer
         self._views = {
             member: self.buffer.as_strided(specs[member].shape, specs[member].strides, offset)
             for member, offset in zip(planned.members, planned.offsets, strict=True)

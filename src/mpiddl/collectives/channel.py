@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from mpiddl.collectives.lanes import Lane
 from mpiddl.comm.messages import Messages
 from mpiddl.comm.native import Native
 from mpiddl.comm.world import World
@@ -23,12 +24,17 @@ class Channel:
         world: The ranks.
         tag: From ``world.tags``.
         native: For algorithms that the MPI library runs; default the world's own.
+        lane: For algorithms that go through shared memory.
     """
 
-    __slots__ = ("messages", "native", "rank", "size", "tag")
+    __slots__ = ("lane", "layout", "messages", "native", "rank", "size", "tag")
 
-    def __init__(self, world: World, tag: int, native: Native | None = None) -> None:
+    def __init__(
+        self, world: World, tag: int, native: Native | None = None, lane: Lane | None = None
+    ) -> None:
         self.native = native or world.native
+        self.lane = lane
+        self.layout = world.layout
         self.messages: Messages = world.messages
         self.tag = tag
         self.rank = world.rank

@@ -12,7 +12,9 @@ from mpiddl.collectives.library import library_all_reduce
 from mpiddl.collectives.reduction import DTYPES, Reduction
 from mpiddl.collectives.reference import reference_all_reduce
 from mpiddl.collectives.ring import ring_all_reduce
+from mpiddl.collectives.shared import shared_all_reduce
 from mpiddl.comm.native import NATIVE_DTYPES
+from mpiddl.comm.world import World
 from mpiddl.devices.base import Buffer, Device
 from mpiddl.errors import UnsupportedBufferError
 from mpiddl.settings import ALGORITHM_NAMES
@@ -43,14 +45,19 @@ class Algorithm:
         dtypes: What it can reduce.
         ordered: Every rank must start these collectives in the same order (a library runs
             them); the others may be started in any order.
+        one_node: All ranks must be on one node.
+        lanes: It goes through shared memory.
     """
 
     run: AllReduce
     dtypes: frozenset[torch.dtype] = frozenset(DTYPES)
     ordered: bool = False
+    one_node: bool = False
+    lanes: bool = False
 
 
 ALGORITHMS = {
+    "shared": Algorithm(shared_all_reduce, one_node=True, lanes=True),
     "ring": Algorithm(ring_all_reduce),
     "library": Algorithm(
         library_all_reduce,
@@ -61,17 +68,32 @@ ALGORITHMS = {
 }
 
 
-def choose(name: str, dtype: torch.dtype) -> Algorithm:
-    """The algorithm called ``name``; ``"auto"`` is the ring.
+def choose(name: str, dtype: torch.dtype, nbytes: int, world: World) -> Algorithm:
+    """The algorithm called ``name``, or for ``"auto"`` the best for ``nbytes`` on these ranks.
 
     Raises:
         ValueError: No algorithm has that name.
-        UnsupportedBufferError: It cannot reduce ``dtype``.
+        UnsupportedBufferError: It cannot reduce ``dtype``, or not over these ranks.
     """
     if name not in ALGORITHM_NAMES:
         raise ValueError(f"unknown algorithm {name!r}; valid are {', '.join(ALGORITHM_NAMES)}")
-    algorithm = ALGORITHMS["ring" if name == "auto" else name]
+    algorithm = ALGORITHMS[_rule(nbytes, world) if name == "auto" else name]
+    if algorithm.one_node and world.num_nodes > 1:
+        raise UnsupportedBufferError(
+            f"algorithm {name!r} works within one node, and these ranks are on {world.num_nodes}"
+        )
+    if algorithm.lanes and world.lane_window is None and world.size > 1:
+        raise UnsupportedBufferError(
+            f"algorithm {name!r} needs shared memory, and this node has too little of it left"
+        )
     if dtype not in algorithm.dtypes:
         listed = ", ".join(sorted(str(known) for known in algorithm.dtypes))
         raise UnsupportedBufferError(f"algorithm {name!r} cannot reduce {dtype}, only {listed}")
     return algorithm
+
+
+def _rule(nbytes: int, world: World) -> str:
+    """What is fastest where nothing was measured; the same on every rank."""
+    if world.num_nodes == 1 and world.lane_window is not None:
+        return "shared"
+    return "ring"

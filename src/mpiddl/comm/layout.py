@@ -23,6 +23,7 @@ class Layout:
         node_rank: This node among all, in the order of their lowest ranks.
         num_nodes: Number of nodes.
         cores: Cores that this rank can count as its own, at least 1.
+        nodes: The ranks of every node, in the order of their local ranks.
     """
 
     local_rank: int
@@ -30,6 +31,7 @@ class Layout:
     node_rank: int
     num_nodes: int
     cores: int
+    nodes: tuple[tuple[int, ...], ...]
 
 
 def exchange(comm: MPI.Comm, value: Any) -> list[Any]:
@@ -50,22 +52,26 @@ def exchange(comm: MPI.Comm, value: Any) -> list[Any]:
     ]
 
 
-def find_layout(comm: MPI.Comm) -> Layout:
-    """Ask MPI which ranks can share memory. Collective over ``comm``."""
-    from mpi4py import MPI
+def find_layout(comm: MPI.Comm, node: MPI.Comm) -> Layout:
+    """Where everyone is. Collective over ``comm``.
 
-    node = comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.Get_rank())
-    local_rank, local_size = node.Get_rank(), node.Get_size()
+    Args:
+        comm: All ranks.
+        node: Those that share memory with this one, in the order of their ranks in ``comm``.
+    """
+    local_rank = node.Get_rank()
     affinities = exchange(node, sorted(os.sched_getaffinity(0)))
-    lowest = exchange(node, comm.Get_rank())[0]
-    node.Free()
-    nodes = sorted(set(exchange(comm, lowest)))
+    lowest_of = exchange(comm, exchange(node, comm.Get_rank())[0])
+    members: dict[int, list[int]] = {}
+    for rank, lowest in enumerate(lowest_of):
+        members.setdefault(lowest, []).append(rank)
     return Layout(
         local_rank=local_rank,
-        local_size=local_size,
-        node_rank=nodes.index(lowest),
-        num_nodes=len(nodes),
+        local_size=node.Get_size(),
+        node_rank=list(members).index(lowest_of[comm.Get_rank()]),
+        num_nodes=len(members),
         cores=cores_per_rank(affinities, local_rank),
+        nodes=tuple(tuple(ranks) for ranks in members.values()),
     )
 
 

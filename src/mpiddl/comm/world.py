@@ -14,6 +14,7 @@ from mpiddl.comm import failure, launchers, library
 from mpiddl.comm.layout import exchange, find_layout
 from mpiddl.comm.messages import Messages, Tags
 from mpiddl.comm.native import Native
+from mpiddl.comm.windows import Windows
 from mpiddl.errors import LaunchError, NotInitializedError, SettingsError
 from mpiddl.log import logger, name_rank
 from mpiddl.settings import Settings, read
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 __all__ = ["World", "current_world", "init", "is_running"]
+
+LANE_BYTES = 4 << 20
+"""Shared memory that a rank gives to collectives of buffers that others cannot reach."""
 
 
 class World:
@@ -47,6 +51,8 @@ class World:
         messages: Byte messages between the ranks.
         tags: Allots the messages' tags.
         native: The MPI library's own collectives.
+        windows: Memory that the ranks of this node share.
+        lane_window: The window through which collectives that users start meet; None without.
     """
 
     def __init__(
@@ -68,7 +74,10 @@ class World:
         self._device = device
         self._at_close: dict[Callable[[World], None], None] = {}
         self._closed = False
-        self.layout = find_layout(self._comm)
+        self._node = _node_of(self._comm)
+        self.layout = find_layout(self._comm, self._node)
+        self.windows = Windows(self._comm, self._node)
+        self.lane_window = self.windows.allocate(LANE_BYTES) if self.size > 1 else None
         self.settings = settings
 
     @property
@@ -151,6 +160,7 @@ class World:
         for action in self._at_close:
             action(self)
         self._closed = True
+        self._node.Free()
         self._comm.Free()
         self.native.free()
         if self._bucket_native is not None:
@@ -171,6 +181,13 @@ class World:
             f"World(rank={self.rank}, size={self.size}, local_rank={self.local_rank}, "
             f"node_rank={self.node_rank}, hostname={self.hostname!r})"
         )
+
+
+def _node_of(comm: MPI.Comm) -> MPI.Comm:
+    """The ranks of ``comm`` that can share memory with this one, in the same order."""
+    from mpi4py import MPI
+
+    return comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.Get_rank())
 
 
 _current: World | None = None

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
+
+from mpiddl.comm.world import World
 
 __all__ = ["Buffer", "Device"]
 
@@ -16,8 +19,10 @@ Buffer = torch.Tensor
 class Device(Protocol):
     """Memory and arithmetic of one kind of device."""
 
-    def empty(self, length: int, dtype: torch.dtype) -> Buffer:
-        """Memory for a bucket, uninitialised."""
+    def empty(self, length: int, dtype: torch.dtype, world: World) -> Buffer:
+        """Memory that the other ranks of the node can reach, where there is such memory; not
+        initialised. Collective over ``world``.
+        """
         ...
 
     def scratch(self, length: int, dtype: torch.dtype) -> AbstractContextManager[Buffer]:
@@ -32,5 +37,15 @@ class Device(Protocol):
         """``partial = op(weight * partial, incoming)``. ``weight`` is for sums; None means 1.
 
         16-bit floats are combined in float32 and rounded once.
+        """
+        ...
+
+    def combine(
+        self, op: str, sources: Sequence[Buffer], weights: Sequence[float] | None, target: Buffer
+    ) -> None:
+        """``target = op(w0 * source0, w1 * source1, ...)``, in that order.
+
+        ``target`` may be one of the sources. Weights are for sums; a weight of 0 leaves its source
+        out, whatever is there. 16-bit floats are added in float32 and rounded once.
         """
         ...

@@ -14,6 +14,7 @@ from mpiddl.collectives import broadcast as broadcasts
 from mpiddl.collectives import objects
 from mpiddl.collectives.channel import Channel, bytes_of
 from mpiddl.collectives.choose import choose
+from mpiddl.collectives.lanes import foreground_of
 from mpiddl.collectives.reduction import DTYPES, reduction_of
 from mpiddl.comm.world import World, current_world
 from mpiddl.devices.base import Buffer
@@ -86,7 +87,7 @@ def all_reduce(
     try:
         buffer = _flat(tensor)
         reduction = reduction_of(op, buffer.dtype, world.size)
-        chosen = choose(algorithm, buffer.dtype)
+        chosen = choose(algorithm, buffer.dtype, buffer.nbytes, world)
     except (ValueError, TypeError) as error:
         problem = error
     _check_call(
@@ -95,7 +96,8 @@ def all_reduce(
         world,
         check,
     )
-    channel = _channel(world)
+    lanes = foreground_of(world) if chosen.lanes else None
+    channel = Channel(world, world.tags.foreground(), lane=lanes.next() if lanes else None)
     waits = chosen.run(buffer, reduction, channel, HOST, world.settings.chunk_size)
     work = engine_of(world).submit(waits, world, result=tensor)
     return work if async_ else work.wait()

@@ -14,6 +14,7 @@ from mpiddl.buckets.bucket import Bucket, spec_of
 from mpiddl.buckets.plan import plan_buckets
 from mpiddl.collectives.channel import Channel
 from mpiddl.collectives.choose import choose
+from mpiddl.collectives.lanes import kept_lanes
 from mpiddl.collectives.reduction import Reduction
 from mpiddl.comm.world import World, current_world
 from mpiddl.devices.host import HOST
@@ -94,21 +95,34 @@ class DataParallel(torch.nn.Module):
         self._names = [name for name, _ in named]
         self._parameters_reduced = [parameter for _, parameter in named]
         self._known = set(map(id, self._parameters_reduced))
-        self._algorithms = {p.dtype: choose(algorithm, p.dtype) for _, p in named}
         specs = [spec_of(name, parameter) for name, parameter in named]
         capacity = parse_bytes(bucket_size) if isinstance(bucket_size, str) else bucket_size
         self.plan = plan_buckets(specs, settings.bucket_size if capacity is None else capacity)
+        planned = self.plan.buckets
+        dtypes = [getattr(torch, bucket.dtype) for bucket in planned]
+        lengths = [bucket.length for bucket in planned]
+        self._algorithms = [
+            choose(algorithm, dtype, length * dtype.itemsize, self.world)
+            for length, dtype in zip(lengths, dtypes, strict=True)
+        ]
         if check:
             agree_on_plan(module, self.plan, algorithm, self.world)
         broadcast_state(module, self.world)
 
-        planned = self.plan.buckets
-        self._buckets = [Bucket(b, specs, self._parameters_reduced, HOST) for b in planned]
+        buffers = [HOST.empty(*kind, self.world) for kind in zip(lengths, dtypes, strict=True)]
+        self._buckets = [
+            Bucket(bucket, specs, self._parameters_reduced, buffer)
+            for bucket, buffer in zip(planned, buffers, strict=True)
+        ]
         self._nbytes = sum(bucket.buffer.nbytes for bucket in self._buckets)
         self._tags = self.world.tags.keep(len(planned))
-        ordered = any(algorithm.ordered for algorithm in self._algorithms.values())
+        ordered = any(algorithm.ordered for algorithm in self._algorithms)
         native = self.world.bucket_native if ordered else None
-        self._channels = [Channel(self.world, tag, native) for tag in self._tags]
+        lanes = kept_lanes(self.world, len(planned))
+        self._channels = [
+            Channel(self.world, tag, native, lane)
+            for tag, lane in zip(self._tags, lanes, strict=True)
+        ]
         self._engine = engine_of(self.world)
         self._scheduler = Scheduler(self._buckets, self._names, ordered, self._engine)
         self._weight: float | None = None  # of this rank in the sum, inside batch()
@@ -150,7 +164,7 @@ class DataParallel(torch.nn.Module):
         buffer = self._buckets[number].buffer
         weight = 1 / self.world.size if self._weight is None else self._weight
         reduction = Reduction("sum", None if weight == 1 else weight)
-        run = self._algorithms[buffer.dtype].run
+        run = self._algorithms[number].run
         chunk_bytes = self.world.settings.chunk_size
         waits = run(buffer, reduction, self._channels[number], HOST, chunk_bytes)
         return self._engine.submit(waits, self.world)
