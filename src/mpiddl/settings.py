@@ -60,6 +60,9 @@ class Settings:
     check: bool = _setting(False, _parse_flag, "compare shape, dtype and op of every call")
     bucket_size: int = _setting(25 << 20, _at_least(1), "largest gradient bucket")
     chunk_size: int = _setting(512 << 10, _at_least(4096), "unit of pipelining in the ring")
+    single_copy: bool = _setting(
+        True, _parse_flag, "let the ranks of a node read and write each other's memory"
+    )
     engine: str = _setting("auto", _one_of("auto", "inline", "thread"), "who drives collectives")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mpiddl.collectives.lanes import Lane
+from mpiddl.collectives.lane import Lane
 from mpiddl.comm.messages import Messages
 from mpiddl.comm.native import Native
 from mpiddl.comm.world import World

@@ -1,13 +1,13 @@
-"""All-reduce through memory that the ranks of a node share: flags, no messages.
+"""All-reduce on one node: every rank adds its segment, straight from and into all buffers.
 
-Each rank owns a segment. It adds that segment straight from everyone's buffer, in rank order,
-and writes the result into everyone's buffer while it is still in its cache:
+With three ranks and segments a b c:
 
-    turn 1   all buffers are filled                 everyone's counter says so
-             rank s adds segment s of all ranks and stores it in all ranks
-    turn 2   all segments are stored                everyone's counter says so
+    rank 0 reads a of all three buffers, adds, and writes the sum into all three
+    rank 1 the same for b
+    rank 2 the same for c
 
-A buffer that others cannot reach goes through room in the lane, a piece at a time.
+No message is on the path: ranks meet in a lane. Buffers in a window are used where they are. Other
+buffers are reached through the kernel, or, where that is forbidden, pass through the lane.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mpiddl.collectives.channel import Channel
-from mpiddl.collectives.lanes import Lane, place_of
+from mpiddl.collectives.lane import Lane, Place
+from mpiddl.collectives.lanes import place_of
 from mpiddl.collectives.reduction import Reduction
+from mpiddl.comm.reach import Reach
 from mpiddl.devices.base import Buffer, Device
 from mpiddl.segments import chunked, split
 from mpiddl.waits import Waits
@@ -25,8 +27,10 @@ __all__ = ["SMALL_BYTES", "reduce_segment", "shared_all_reduce"]
 
 SMALL_BYTES = 16 << 10
 """Up to here every rank adds everything itself: one turn, and no result to hand back."""
-PIECE_BYTES = 256 << 10
+PIECE_BYTES = 512 << 10
 """Added at a time: what is added must be in the cache still when it is handed out."""
+
+Weights = Sequence[float] | None
 
 
 def shared_all_reduce(
@@ -50,13 +54,17 @@ def shared_all_reduce(
         lane.note(place_of(lane.world, buffer), reduction.weight)
         yield lane.go()
         places, weights = lane.notes()
+        segment = split(len(buffer), lane.size)[lane.rank]
         everyones = lane.views(places, buffer)
-        if everyones is None:
-            yield from _through_lane(buffer, reduction.op, weights, lane, device)
-        else:
-            segment = split(len(buffer), lane.size)[lane.rank]
+        reach = lane.world.reach
+        if everyones is not None:
             reduce_segment(everyones, segment, reduction.op, weights, lane.rank, device)
             yield lane.go()
+        elif reach is not None:
+            _reduce_afar(buffer, segment, reduction.op, weights, places, lane.rank, reach, device)
+            yield lane.go()
+        else:
+            yield from _through_lane(buffer, reduction.op, weights, lane, device)
     lane.leave()
 
 
@@ -64,7 +72,7 @@ def reduce_segment(
     everyones: Sequence[Buffer],
     segment: slice,
     op: str,
-    weights: Sequence[float] | None,
+    weights: Weights,
     rank: int,
     device: Device,
 ) -> None:
@@ -77,19 +85,44 @@ def reduce_segment(
                 part.copy_(parts[rank])
 
 
+def _reduce_afar(
+    buffer: Buffer,
+    segment: slice,
+    op: str,
+    weights: Weights,
+    places: Sequence[Place],
+    rank: int,
+    reach: Reach,
+    device: Device,
+) -> None:
+    """The same on buffers that only the kernel can reach."""
+    itemsize, peers = buffer.itemsize, [peer for peer in range(len(places)) if peer != rank]
+    length = max(1, PIECE_BYTES // len(peers) // itemsize)
+    length = min(length, segment.stop - segment.start)
+    with device.scratch(len(peers) * length, buffer.dtype) as scratch:
+        for piece in chunked(segment, max(1, length)):
+            mine = buffer[piece]
+            parts = [scratch[n * length :][: len(mine)] for n in range(len(peers))]
+            at = piece.start * itemsize
+            for peer, part in zip(peers, parts, strict=True):
+                reach.read(part.data_ptr(), mine.nbytes, peer, places[peer].address + at)
+            device.combine(op, [*parts[:rank], mine, *parts[rank:]], weights, mine)
+            for peer in peers:
+                reach.write(mine.data_ptr(), mine.nbytes, peer, places[peer].address + at)
+
+
 def _small(buffer: Buffer, reduction: Reduction, lane: Lane, device: Device) -> Waits[None]:
     """One turn: everyone shows everything, everyone adds everything."""
-    place = (lane.turn + 1) % 2
-    shown = [pair[place][: buffer.nbytes].view(buffer.dtype) for pair in lane.entered]
+    shown = lane.shown((lane.turn + 1) % 2, buffer)
     shown[lane.rank].copy_(buffer)
-    lane.note(place_of(lane.world, buffer[:0]), reduction.weight)
+    lane.note(Place(0, 0, 0), reduction.weight)
     yield lane.go()
     _, weights = lane.notes()
     device.combine(reduction.op, shown, weights, buffer)
 
 
 def _through_lane(
-    buffer: Buffer, op: str, weights: Sequence[float] | None, lane: Lane, device: Device
+    buffer: Buffer, op: str, weights: Weights, lane: Lane, device: Device
 ) -> Waits[None]:
     """Piece by piece, in one turn each: while a piece enters, the one before is added and the one
     before that leaves."""

@@ -13,15 +13,17 @@ import os
 import platform
 import tempfile
 import weakref
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from mpiddl.comm.layout import exchange
 from mpiddl.log import logger
 from mpiddl.units import format_bytes
 
 if TYPE_CHECKING:
+    import torch
     from mpi4py import MPI
 
 __all__ = ["Window", "Windows", "make_fence"]
@@ -30,6 +32,7 @@ FOLDER = Path("/dev/shm")  # noqa: S108 - memory of the node, by definition
 PREFIX = "mpiddl-"
 RESERVE = 8 << 20
 """Bytes of shared memory that are left to MPI itself."""
+MOST_VIEWS = 256
 
 
 class Window:
@@ -49,6 +52,14 @@ class Window:
         self.part_bytes = part_bytes
 
 
+class _Mapped(NamedTuple):
+    """A window as this process sees it."""
+
+    start: int
+    part_bytes: int
+    memory: weakref.ref[mmap.mmap]
+
+
 class Windows:
     """Makes the windows of one world and finds them again by address.
 
@@ -63,7 +74,10 @@ class Windows:
         self._rank: int = node.Get_rank()
         self._size: int = node.Get_size()
         self._made = 0
-        self._known: dict[int, tuple[int, int, weakref.ref[mmap.mmap]]] = {}
+        self._known: dict[int, _Mapped] = {}
+        self._starts: list[int] = []  # of this rank's parts, ascending
+        self._numbers: list[int] = []  # the windows that they are in
+        self._views: dict[object, list[torch.Tensor]] = {}
         self._warned = False
 
     def allocate(self, nbytes: int) -> Window | None:
@@ -85,10 +99,27 @@ class Windows:
         if problems or memory is None:
             self._warn(problems[0], nbytes)
             return None
-        window = Window(number, memory, part_bytes)
-        start = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + self._rank * part_bytes
-        self._known[number] = (start, start + part_bytes, weakref.ref(memory))
-        return window
+        self._forget_unmapped()
+        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        self._known[number] = _Mapped(start, part_bytes, weakref.ref(memory))
+        own = start + self._rank * part_bytes
+        at = bisect_right(self._starts, own)
+        self._starts.insert(at, own)
+        self._numbers.insert(at, number)
+        return Window(number, memory, part_bytes)
+
+    def _forget_unmapped(self) -> None:
+        """Their addresses may be used again; their numbers are not."""
+        gone = {number for number, mapped in self._known.items() if mapped.memory() is None}
+        if gone:
+            kept = [
+                pair
+                for pair in zip(self._starts, self._numbers, strict=True)
+                if pair[1] not in gone
+            ]
+            self._starts, self._numbers = [start for start, _ in kept], [n for _, n in kept]
+            self._known = {n: mapped for n, mapped in self._known.items() if n not in gone}
+            self._views.clear()
 
     def _warn(self, problem: str, nbytes: int) -> None:
         if not self._warned and self._comm.Get_rank() == 0:
@@ -104,17 +135,42 @@ class Windows:
     def find(self, address: int) -> tuple[int, int]:
         """Number of the window in which ``address`` is, and how far from the start of this rank's
         part; (0, 0) if it is in none."""
-        for number, (start, stop, memory) in list(self._known.items()):
-            if memory() is None:
-                del self._known[number]
-            elif start <= address < stop:
-                return number, address - start
+        at = bisect_right(self._starts, address) - 1
+        if at >= 0:
+            offset, number = address - self._starts[at], self._numbers[at]
+            mapped = self._known[number]
+            if offset < mapped.part_bytes and mapped.memory() is not None:
+                return number, offset
         return 0, 0
 
-    def memory(self, number: int) -> mmap.mmap | None:
-        """The memory of a window that is still mapped here."""
-        known = self._known.get(number)
-        return known[2]() if known else None
+    def views(
+        self, number: int, offsets: Sequence[int], length: int, dtype: torch.dtype
+    ) -> list[torch.Tensor]:
+        """Every rank's buffer at ``offsets`` in its part of a window that is mapped here.
+
+        Views do not keep the window mapped: whoever uses them holds something that does.
+        """
+        key = (number, *offsets, length, dtype)
+        views = self._views.get(key)
+        if views is None:
+            if len(self._views) >= MOST_VIEWS:
+                self._views.clear()
+            start, part_bytes, _ = self._known[number]
+            views = self._views[key] = [
+                _at(start + rank * part_bytes + offset, length, dtype)
+                for rank, offset in enumerate(offsets)
+            ]
+        return views
+
+
+def _at(address: int, length: int, dtype: torch.dtype) -> torch.Tensor:
+    """The memory at an address as a tensor, which does not own it."""
+    import torch
+
+    if length == 0:
+        return torch.empty(0, dtype=dtype, device="cpu")
+    memory = (ctypes.c_char * (length * dtype.itemsize)).from_address(address)
+    return torch.frombuffer(memory, dtype=dtype)
 
 
 def _create(nbytes: int) -> tuple[str | None, str | None]:

@@ -14,6 +14,7 @@ from mpiddl.comm import failure, launchers, library
 from mpiddl.comm.layout import exchange, find_layout
 from mpiddl.comm.messages import Messages, Tags
 from mpiddl.comm.native import Native
+from mpiddl.comm.reach import find_reach
 from mpiddl.comm.windows import Windows
 from mpiddl.errors import LaunchError, NotInitializedError, SettingsError
 from mpiddl.log import logger, name_rank
@@ -52,6 +53,7 @@ class World:
         tags: Allots the messages' tags.
         native: The MPI library's own collectives.
         windows: Memory that the ranks of this node share.
+        reach: The other memory of the ranks of this node; None where the system forbids it.
         lane_window: The window through which collectives that users start meet; None without.
     """
 
@@ -78,6 +80,7 @@ class World:
         self.layout = find_layout(self._comm, self._node)
         self.windows = Windows(self._comm, self._node)
         self.lane_window = self.windows.allocate(LANE_BYTES) if self.size > 1 else None
+        self.reach = find_reach(self._node, settings.single_copy)
         self.settings = settings
 
     @property

@@ -1,0 +1,205 @@
+"""Where the ranks of a node meet in shared memory: a counter each, and room for data.
+
+A lane serves one collective at a time. Each rank has a counter in it that only grows and that
+only this rank writes. A collective goes through *turns*: a rank writes what it has for a turn,
+raises its counter, and waits until all counters have come as far. Whatever a rank writes in a turn
+goes to one of two places by turns, so a rank may be a turn ahead of one that still reads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
+
+import torch
+
+from mpiddl.comm.windows import Window
+from mpiddl.comm.world import World
+from mpiddl.devices.base import Buffer
+from mpiddl.waits import ALREADY, Wait
+
+__all__ = ["LINE", "Lane", "Place", "room_in"]
+
+T = TypeVar("T")
+
+LINE = 64
+"""Bytes that one core owns at a time: counters of two ranks never share them."""
+HEADER = 3 * LINE  # the counter, then two notes
+MOST_CACHED = 64
+
+
+class Place(NamedTuple):
+    """Where a rank's buffer is.
+
+    Attributes:
+        window: The window that it is in, 0 for none.
+        offset: Bytes from the start of the rank's part of that window.
+        address: In the memory of its process.
+    """
+
+    window: int
+    offset: int
+    address: int
+
+
+class _Turn:
+    """Done when every counter has come to ``turn``."""
+
+    __slots__ = ("_lane", "_turn", "_waiting")
+
+    def __init__(self, lane: Lane, turn: int) -> None:
+        self._lane = lane
+        self._turn = turn
+        self._waiting = 0  # peers before this one have come
+
+    def done(self) -> bool:
+        lane = self._lane
+        while self._waiting < lane.size:
+            if lane.counters[lane.counter_at[self._waiting]] < self._turn:
+                return False
+            self._waiting += 1
+        if lane.fence is not None:
+            lane.fence()
+        return True
+
+
+class _Ticket:
+    """Done when the collectives that took a ticket before have left the lane."""
+
+    __slots__ = ("_lane", "_number")
+
+    def __init__(self, lane: Lane, number: int) -> None:
+        self._lane = lane
+        self._number = number
+
+    def done(self) -> bool:
+        return self._lane.served == self._number
+
+
+class Lane:
+    """One meeting place.
+
+    Attributes:
+        rank: This process among the ranks of the node.
+        size: Ranks of the node.
+        turn: The last turn that this rank has finished writing for.
+        room: Bytes that a rank can show in a turn.
+        entered: Per rank, room for what goes in: two places of ``room`` bytes.
+        left: Per rank, room for results: two places of a segment of ``room`` bytes.
+        served: Collectives that have left the lane.
+        counters: All ranks' counters and notes, as 8-byte integers.
+        counter_at: Index of each rank's counter.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        window: Window,
+        start: int,
+        room: int,
+        fence: Callable[[], object] | None,
+    ) -> None:
+        self.world = world
+        self.rank, self.size = world.local_rank, world.local_size
+        self.room = room
+        self.fence = fence
+        self.turn = 0
+        self.served = 0
+        self._tickets = 0
+        starts = [rank * window.part_bytes + start for rank in range(self.size)]
+        self.counters = memoryview(window.memory).cast("q")
+        self._weights = memoryview(window.memory).cast("d")
+        self.counter_at = [at // 8 for at in starts]
+        self._own = self.counter_at[self.rank]
+        data = torch.frombuffer(window.memory, dtype=torch.uint8)
+        share = _share(room, self.size)
+        self.entered = [_pair(data, at + HEADER, room) for at in starts]
+        self.left = [_pair(data, at + HEADER + 2 * room, share) for at in starts]
+        self._cached: dict[object, object] = {}
+
+    def ticket(self) -> Wait:
+        """A place in the queue. Ranks must queue for a lane in the same order."""
+        self._tickets += 1
+        number = self._tickets - 1
+        return ALREADY if self.served == number else _Ticket(self, number)
+
+    @property
+    def idle(self) -> bool:
+        """Nobody is in the lane or waits for it."""
+        return self._tickets == self.served
+
+    def leave(self) -> None:
+        """The collective that is in the lane is complete on this rank."""
+        self.served += 1
+
+    def raise_counter(self) -> int:
+        """What this rank has for the turn is written. Returns the turn."""
+        if self.fence is not None:
+            self.fence()
+        self.turn = turn = self.turn + 1
+        self.counters[self._own] = turn
+        return turn
+
+    def go(self) -> Wait:
+        """What this rank has for the turn is written: raise the counter, wait for the others."""
+        return _Turn(self, self.raise_counter())
+
+    def note(self, place: Place, weight: float | None) -> None:
+        """Tell the others, with the next turn, where the buffer is and what it weighs."""
+        at = self._own + (1 + (self.turn + 1) % 2) * LINE // 8
+        self.counters[at], self.counters[at + 1], self.counters[at + 2] = place
+        self._weights[at + 3] = math.nan if weight is None else weight
+
+    def notes(self) -> tuple[list[Place], list[float] | None]:
+        """What all ranks noted for the turn that is over; no weights if nobody has one."""
+        counters, line = self.counters, (1 + self.turn % 2) * LINE // 8
+        places, weights = [], []
+        for rank_at in self.counter_at:
+            at = rank_at + line
+            places.append(Place(counters[at], counters[at + 1], counters[at + 2]))
+            weights.append(self._weights[at + 3])
+        if all(map(math.isnan, weights)):
+            return places, None
+        return places, [1.0 if math.isnan(weight) else weight for weight in weights]
+
+    def shown(self, place: int, like: Buffer) -> list[Buffer]:
+        """Every rank's ``entered`` in ``place``, as buffers like ``like``."""
+        return self.cached(
+            (place, like.dtype, len(like)),
+            lambda: [pair[place][: like.nbytes].view(like.dtype) for pair in self.entered],
+        )
+
+    def views(self, places: Sequence[Place], like: Buffer) -> list[Buffer] | None:
+        """Every rank's buffer, if all are in one window; else None, on every rank.
+
+        They do not keep the window: they may be used while this rank's own buffer is there.
+        """
+        number = places[0].window
+        if number == 0 or any(place.window != number for place in places):
+            return None
+        offsets = [place.offset for place in places]
+        return self.world.windows.views(number, offsets, len(like), like.dtype)
+
+    def cached(self, key: object, make: Callable[[], T]) -> T:
+        """What ``make`` returned for ``key``; a few of these are kept."""
+        if key not in self._cached:
+            if len(self._cached) >= MOST_CACHED:
+                self._cached.clear()
+            self._cached[key] = make()
+        return self._cached[key]  # type: ignore[return-value]
+
+
+def room_in(nbytes: int, size: int) -> int:
+    """The ``room`` of a lane for which each of ``size`` ranks has ``nbytes``."""
+    room = (nbytes - HEADER - 4 * LINE) * size // (2 * size + 2)
+    return room // LINE * LINE
+
+
+def _share(room: int, size: int) -> int:
+    """Bytes of the largest segment of ``room`` bytes, in whole lines."""
+    return -(-room // size // LINE) * LINE + LINE
+
+
+def _pair(data: Buffer, start: int, nbytes: int) -> tuple[Buffer, Buffer]:
+    return data[start : start + nbytes], data[start + nbytes : start + 2 * nbytes]
