@@ -9,8 +9,8 @@ goes to one of two places by turns, so a rank may be a turn ahead of one that st
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -19,14 +19,12 @@ from mpiddl.comm.world import World
 from mpiddl.devices.base import Buffer
 from mpiddl.waits import ALREADY, Wait
 
-__all__ = ["LINE", "Lane", "Place", "room_in"]
-
-T = TypeVar("T")
+__all__ = ["LINE", "NOWHERE", "Lane", "Place"]
 
 LINE = 64
 """Bytes that one core owns at a time: counters of two ranks never share them."""
 HEADER = 3 * LINE  # the counter, then two notes
-MOST_CACHED = 64
+MOST_CACHED = 1024
 
 
 class Place(NamedTuple):
@@ -41,6 +39,9 @@ class Place(NamedTuple):
     window: int
     offset: int
     address: int
+
+
+NOWHERE = Place(0, 0, 0)
 
 
 class _Turn:
@@ -80,6 +81,13 @@ class _Ticket:
 class Lane:
     """One meeting place.
 
+    Args:
+        world: Whose ranks on this node meet.
+        window: In each rank's part there is room for this lane and others.
+        number: This lane among those of the window.
+        nbytes: Of a lane.
+        fence: What ``comm.windows.make_fence`` returned.
+
     Attributes:
         rank: This process among the ranks of the node.
         size: Ranks of the node.
@@ -90,16 +98,19 @@ class Lane:
         served: Collectives that have left the lane.
         counters: All ranks' counters and notes, as 8-byte integers.
         counter_at: Index of each rank's counter.
+        cached: Views that were made before.
     """
 
     def __init__(
         self,
         world: World,
         window: Window,
-        start: int,
-        room: int,
+        number: int,
+        nbytes: int,
         fence: Callable[[], object] | None,
     ) -> None:
+        start, room = number * nbytes, _room_in(nbytes, world.local_size)
+        self.number = number
         self.world = world
         self.rank, self.size = world.local_rank, world.local_size
         self.room = room
@@ -112,11 +123,13 @@ class Lane:
         self._weights = memoryview(window.memory).cast("d")
         self.counter_at = [at // 8 for at in starts]
         self._own = self.counter_at[self.rank]
+        self._peers_at = [at for at in self.counter_at if at != self._own]
+        self._noted: list[object] = [self, self]  # weights of the last two turns that had no place
         data = torch.frombuffer(window.memory, dtype=torch.uint8)
         share = _share(room, self.size)
         self.entered = [_pair(data, at + HEADER, room) for at in starts]
         self.left = [_pair(data, at + HEADER + 2 * room, share) for at in starts]
-        self._cached: dict[object, object] = {}
+        self.cached: dict[object, list[Buffer]] = {}
 
     def ticket(self) -> Wait:
         """A place in the queue. Ranks must queue for a lane in the same order."""
@@ -145,52 +158,71 @@ class Lane:
         """What this rank has for the turn is written: raise the counter, wait for the others."""
         return _Turn(self, self.raise_counter())
 
+    def enter(self, weight: float | None) -> int:
+        """Into an idle lane, for a turn in which everything is shown. Returns the turn."""
+        self._tickets += 1
+        place = (self.turn + 1) & 1
+        if self._noted[place] != weight:
+            self.note(NOWHERE, weight)
+            self._noted[place] = weight
+        return self.raise_counter()
+
+    def has_come(self, turn: int, looks: int) -> bool:
+        """Whether all ranks come to ``turn`` within so many looks at their counters."""
+        counters = self.counters
+        for at in self._peers_at:
+            while counters[at] < turn:
+                looks -= 1
+                if looks < 0:
+                    return False
+        if self.fence is not None:
+            self.fence()
+        return True
+
+    def all_at(self, turn: int) -> Wait:
+        """Done when all ranks have come to ``turn``."""
+        return _Turn(self, turn)
+
     def note(self, place: Place, weight: float | None) -> None:
         """Tell the others, with the next turn, where the buffer is and what it weighs."""
-        at = self._own + (1 + (self.turn + 1) % 2) * LINE // 8
+        parity = (self.turn + 1) % 2
+        self._noted[parity] = self  # unlike any weight
+        at = self._own + (1 + parity) * LINE // 8
         self.counters[at], self.counters[at + 1], self.counters[at + 2] = place
         self._weights[at + 3] = math.nan if weight is None else weight
 
     def notes(self) -> tuple[list[Place], list[float] | None]:
         """What all ranks noted for the turn that is over; no weights if nobody has one."""
         counters, line = self.counters, (1 + self.turn % 2) * LINE // 8
-        places, weights = [], []
+        places, weights, weighted = [], [], False
         for rank_at in self.counter_at:
             at = rank_at + line
             places.append(Place(counters[at], counters[at + 1], counters[at + 2]))
-            weights.append(self._weights[at + 3])
-        if all(map(math.isnan, weights)):
-            return places, None
-        return places, [1.0 if math.isnan(weight) else weight for weight in weights]
+            weight = self._weights[at + 3]
+            if weight != weight:  # NaN: none
+                weight = 1.0
+            else:
+                weighted = True
+            weights.append(weight)
+        return places, weights if weighted else None
 
-    def shown(self, place: int, like: Buffer) -> list[Buffer]:
+    def shown(self, like: Buffer, place: int) -> list[Buffer]:
         """Every rank's ``entered`` in ``place``, as buffers like ``like``."""
-        return self.cached(
-            (place, like.dtype, len(like)),
-            lambda: [pair[place][: like.nbytes].view(like.dtype) for pair in self.entered],
-        )
+        key = (place, like.dtype, len(like))
+        views = self.cached.get(key)
+        if views is None:
+            views = [pair[place][: like.nbytes].view(like.dtype) for pair in self.entered]
+            self.remember(key, views)
+        return views
 
-    def views(self, places: Sequence[Place], like: Buffer) -> list[Buffer] | None:
-        """Every rank's buffer, if all are in one window; else None, on every rank.
-
-        They do not keep the window: they may be used while this rank's own buffer is there.
-        """
-        number = places[0].window
-        if number == 0 or any(place.window != number for place in places):
-            return None
-        offsets = [place.offset for place in places]
-        return self.world.windows.views(number, offsets, len(like), like.dtype)
-
-    def cached(self, key: object, make: Callable[[], T]) -> T:
-        """What ``make`` returned for ``key``; a few of these are kept."""
-        if key not in self._cached:
-            if len(self._cached) >= MOST_CACHED:
-                self._cached.clear()
-            self._cached[key] = make()
-        return self._cached[key]  # type: ignore[return-value]
+    def remember(self, key: object, views: list[Buffer]) -> None:
+        """Keep ``views`` in ``cached``: to make them costs more than to add small ones."""
+        if len(self.cached) >= MOST_CACHED:
+            self.cached.clear()
+        self.cached[key] = views
 
 
-def room_in(nbytes: int, size: int) -> int:
+def _room_in(nbytes: int, size: int) -> int:
     """The ``room`` of a lane for which each of ``size`` ranks has ``nbytes``."""
     room = (nbytes - HEADER - 4 * LINE) * size // (2 * size + 2)
     return room // LINE * LINE

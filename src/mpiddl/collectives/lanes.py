@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from weakref import WeakKeyDictionary
 
-from mpiddl.collectives.lane import LINE, Lane, Place, room_in
+from mpiddl.collectives.lane import LINE, Lane, Place
 from mpiddl.comm.windows import Window, make_fence
 from mpiddl.comm.world import World
 from mpiddl.devices.base import Buffer
@@ -21,18 +21,18 @@ class Foreground:
     COUNT = 4
 
     def __init__(self, lanes: list[Lane]) -> None:
-        self._lanes = lanes
+        self.lanes = lanes
         self._next = 0
 
     def next(self) -> Lane:
         """The lane for the next collective."""
-        lane = self._lanes[self._next]
+        lane = self.lanes[self._next]
         self._next = (self._next + 1) % self.COUNT
         return lane
 
     def next_idle(self) -> Lane | None:
         """The lane for the next collective if nobody is in it, else None and it is not taken."""
-        return self.next() if self._lanes[self._next].idle else None
+        return self.next() if self.lanes[self._next].idle else None
 
 
 _foreground: WeakKeyDictionary[World, Foreground] = WeakKeyDictionary()
@@ -59,9 +59,8 @@ def kept_lanes(world: World, count: int) -> list[Lane] | list[None]:
 def _cut(world: World, window: Window, count: int) -> list[Lane]:
     """As many lanes as wanted, of equal size."""
     nbytes = window.part_bytes // count // LINE * LINE
-    room = room_in(nbytes, world.local_size)
     fence = make_fence()
-    return [Lane(world, window, number * nbytes, room, fence) for number in range(count)]
+    return [Lane(world, window, number, nbytes, fence) for number in range(count)]
 
 
 def place_of(world: World, buffer: Buffer) -> Place:

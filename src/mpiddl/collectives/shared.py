@@ -12,25 +12,19 @@ buffers are reached through the kernel, or, where that is forbidden, pass throug
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from mpiddl.collectives.channel import Channel
-from mpiddl.collectives.lane import Lane, Place
+from mpiddl.collectives.lane import NOWHERE, Lane
 from mpiddl.collectives.lanes import place_of
+from mpiddl.collectives.meeting import PIECE_BYTES, Weights, meet
 from mpiddl.collectives.reduction import Reduction
-from mpiddl.comm.reach import Reach
 from mpiddl.devices.base import Buffer, Device
 from mpiddl.segments import chunked, split
 from mpiddl.waits import Waits
 
-__all__ = ["SMALL_BYTES", "reduce_segment", "shared_all_reduce"]
+__all__ = ["SMALL_BYTES", "shared_all_reduce"]
 
 SMALL_BYTES = 16 << 10
 """Up to here every rank adds everything itself: one turn, and no result to hand back."""
-PIECE_BYTES = 512 << 10
-"""Added at a time: what is added must be in the cache still when it is handed out."""
-
-Weights = Sequence[float] | None
 
 
 def shared_all_reduce(
@@ -54,68 +48,23 @@ def shared_all_reduce(
         lane.note(place_of(lane.world, buffer), reduction.weight)
         yield lane.go()
         places, weights = lane.notes()
-        segment = split(len(buffer), lane.size)[lane.rank]
-        everyones = lane.views(places, buffer)
-        reach = lane.world.reach
-        if everyones is not None:
-            reduce_segment(everyones, segment, reduction.op, weights, lane.rank, device)
-            yield lane.go()
-        elif reach is not None:
-            _reduce_afar(buffer, segment, reduction.op, weights, places, lane.rank, reach, device)
+        meeting = meet(lane, places, weights, buffer, device)
+        if meeting is not None:
+            segment = split(len(buffer), lane.size)[lane.rank]
+            for piece in chunked(segment, PIECE_BYTES // buffer.itemsize):
+                meeting.combine(piece, reduction.op)
+                meeting.hand_out(piece)
             yield lane.go()
         else:
             yield from _through_lane(buffer, reduction.op, weights, lane, device)
     lane.leave()
 
 
-def reduce_segment(
-    everyones: Sequence[Buffer],
-    segment: slice,
-    op: str,
-    weights: Weights,
-    rank: int,
-    device: Device,
-) -> None:
-    """Add ``segment`` of all buffers in their order and store it in all of them."""
-    for piece in chunked(segment, max(1, PIECE_BYTES // everyones[0].itemsize)):
-        parts = [buffer[piece] for buffer in everyones]
-        device.combine(op, parts, weights, parts[rank])
-        for peer, part in enumerate(parts):
-            if peer != rank:
-                part.copy_(parts[rank])
-
-
-def _reduce_afar(
-    buffer: Buffer,
-    segment: slice,
-    op: str,
-    weights: Weights,
-    places: Sequence[Place],
-    rank: int,
-    reach: Reach,
-    device: Device,
-) -> None:
-    """The same on buffers that only the kernel can reach."""
-    itemsize, peers = buffer.itemsize, [peer for peer in range(len(places)) if peer != rank]
-    length = max(1, PIECE_BYTES // len(peers) // itemsize)
-    length = min(length, segment.stop - segment.start)
-    with device.scratch(len(peers) * length, buffer.dtype) as scratch:
-        for piece in chunked(segment, max(1, length)):
-            mine = buffer[piece]
-            parts = [scratch[n * length :][: len(mine)] for n in range(len(peers))]
-            at = piece.start * itemsize
-            for peer, part in zip(peers, parts, strict=True):
-                reach.read(part.data_ptr(), mine.nbytes, peer, places[peer].address + at)
-            device.combine(op, [*parts[:rank], mine, *parts[rank:]], weights, mine)
-            for peer in peers:
-                reach.write(mine.data_ptr(), mine.nbytes, peer, places[peer].address + at)
-
-
 def _small(buffer: Buffer, reduction: Reduction, lane: Lane, device: Device) -> Waits[None]:
     """One turn: everyone shows everything, everyone adds everything."""
-    shown = lane.shown((lane.turn + 1) % 2, buffer)
+    shown = lane.shown(buffer, (lane.turn + 1) % 2)
     shown[lane.rank].copy_(buffer)
-    lane.note(Place(0, 0, 0), reduction.weight)
+    lane.note(NOWHERE, reduction.weight)
     yield lane.go()
     _, weights = lane.notes()
     device.combine(reduction.op, shown, weights, buffer)

@@ -32,7 +32,6 @@ FOLDER = Path("/dev/shm")  # noqa: S108 - memory of the node, by definition
 PREFIX = "mpiddl-"
 RESERVE = 8 << 20
 """Bytes of shared memory that are left to MPI itself."""
-MOST_VIEWS = 256
 
 
 class Window:
@@ -77,7 +76,6 @@ class Windows:
         self._known: dict[int, _Mapped] = {}
         self._starts: list[int] = []  # of this rank's parts, ascending
         self._numbers: list[int] = []  # the windows that they are in
-        self._views: dict[object, list[torch.Tensor]] = {}
         self._warned = False
 
     def allocate(self, nbytes: int) -> Window | None:
@@ -119,7 +117,6 @@ class Windows:
             ]
             self._starts, self._numbers = [start for start, _ in kept], [n for _, n in kept]
             self._known = {n: mapped for n, mapped in self._known.items() if n not in gone}
-            self._views.clear()
 
     def _warn(self, problem: str, nbytes: int) -> None:
         if not self._warned and self._comm.Get_rank() == 0:
@@ -150,17 +147,11 @@ class Windows:
 
         Views do not keep the window mapped: whoever uses them holds something that does.
         """
-        key = (number, *offsets, length, dtype)
-        views = self._views.get(key)
-        if views is None:
-            if len(self._views) >= MOST_VIEWS:
-                self._views.clear()
-            start, part_bytes, _ = self._known[number]
-            views = self._views[key] = [
-                _at(start + rank * part_bytes + offset, length, dtype)
-                for rank, offset in enumerate(offsets)
-            ]
-        return views
+        start, part_bytes, _ = self._known[number]
+        return [
+            _at(start + rank * part_bytes + offset, length, dtype)
+            for rank, offset in enumerate(offsets)
+        ]
 
 
 def _at(address: int, length: int, dtype: torch.dtype) -> torch.Tensor:

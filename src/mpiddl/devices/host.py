@@ -77,32 +77,44 @@ class HostDevice:
     def combine(
         self, op: str, sources: Sequence[Buffer], weights: Sequence[float] | None, target: Buffer
     ) -> None:
+        if weights is None and len(sources) == 2:
+            _FOLDS[op](*sources, out=target)  # 16 bits: computed in float32, rounded once
+            return
+        pairs = [(source, 1.0) for source in sources]
         if weights is not None:
-            terms = [(s, w) for s, w in zip(sources, weights, strict=True) if w != 0]
-        else:
-            terms = [(source, 1.0) for source in sources]
-        if not terms:
+            pairs = [(s, w) for s, w in zip(sources, weights, strict=True) if w != 0]
+        if not pairs:
             target.zero_()
             return
-        (first, weight), rest = terms[0], terms[1:]
+        # The sum is formed in the target itself, unless that is a source which is still to come.
         narrow = target.dtype.itemsize == 2 and target.is_floating_point()
-        if len(rest) == 1 and weights is None:
-            _FOLDS[op](first, rest[0][0], out=target)  # 16 bits: computed in float32, rounded once
+        later = {source.data_ptr() for source, _ in pairs[1:]}
+        if not narrow and target.data_ptr() not in later:
+            _accumulate(op, pairs, weights is not None, target, target)
             return
         with self.scratch(len(target), torch.float32 if narrow else target.dtype) as total:
-            if weights is None:
-                total.copy_(first)
-            else:
-                torch.mul(first, weight, out=total)
-            for number, (source, weight) in enumerate(rest):
-                # Not into the target before the end: it may be a source that is still to come.
-                out = target if number == len(rest) - 1 and not narrow else total
-                if weights is None:
-                    _FOLDS[op](total, source, out=out)
-                else:
-                    torch.add(total, source, alpha=weight, out=out)
-            if narrow or not rest:
+            _accumulate(op, pairs, weights is not None, total, total if narrow else target)
+            if narrow:
                 target.copy_(total)
+
+
+def _accumulate(
+    op: str, pairs: Sequence[tuple[Buffer, float]], weighted: bool, total: Buffer, last: Buffer
+) -> None:
+    """``op(w0 * source0, w1 * source1, ...)``, in that order, formed in ``total``; the last step
+    writes to ``last``."""
+    (first, weight), rest = pairs[0], pairs[1:]
+    out = total if rest else last
+    if weighted:
+        torch.mul(first, weight, out=out)
+    elif first is not out:
+        out.copy_(first)
+    for number, (source, weight) in enumerate(rest, start=1):
+        out = total if number < len(rest) else last
+        if weighted:
+            torch.add(total, source, alpha=weight, out=out)
+        else:
+            _FOLDS[op](total, source, out=out)
 
 
 HOST = HostDevice()

@@ -21,6 +21,7 @@ from mpiddl.devices.base import Buffer
 from mpiddl.devices.host import HOST
 from mpiddl.errors import MismatchError, UnsupportedBufferError
 from mpiddl.overlap.engine import engine_of
+from mpiddl.overlap.quick import quick_of
 from mpiddl.overlap.work import Work
 from mpiddl.waits import Waits
 
@@ -82,6 +83,10 @@ def all_reduce(
         MismatchError: With ``check``: ranks passed different shapes, dtypes, ops or algorithms.
     """
     world = world or current_world()
+    if not async_ and algorithm is None and check is None:
+        quick = quick_of(world)
+        if quick is not None and quick.all_reduce(tensor, op):
+            return tensor
     algorithm = algorithm or world.settings.algorithm
     problem = None
     try:
@@ -99,8 +104,10 @@ def all_reduce(
     lanes = foreground_of(world) if chosen.lanes else None
     channel = Channel(world, world.tags.foreground(), lane=lanes.next() if lanes else None)
     waits = chosen.run(buffer, reduction, channel, HOST, world.settings.chunk_size)
-    work = engine_of(world).submit(waits, world, result=tensor)
-    return work if async_ else work.wait()
+    if async_:
+        return engine_of(world).submit(waits, world, result=tensor)
+    _run(world, waits)
+    return tensor
 
 
 @overload
@@ -146,8 +153,10 @@ def broadcast(
     _check_call(lambda: f"broadcast(root={root}) of {_describe(tensor)}", problem, world, check)
     channel = _channel(world)
     waits = broadcasts.broadcast(bytes_of(buffer), root, channel, world.settings.chunk_size)
-    work = engine_of(world).submit(waits, world, result=tensor)
-    return work if async_ else work.wait()
+    if async_:
+        return engine_of(world).submit(waits, world, result=tensor)
+    _run(world, waits)
+    return tensor
 
 
 def barrier(*, world: World | None = None) -> None:
@@ -224,7 +233,8 @@ def _flat(tensor: Any, any_dtype: bool = False) -> Buffer:
         )
     if not any_dtype and tensor.dtype not in DTYPES:
         raise UnsupportedBufferError(_bad_dtype(tensor.dtype))
-    return tensor.detach().view(-1)
+    buffer: Buffer = tensor.detach() if tensor.requires_grad else tensor
+    return buffer if buffer.dim() == 1 else buffer.view(-1)
 
 
 def _bad_dtype(dtype: object) -> str:

@@ -15,9 +15,12 @@ import torch
 from mpiddl.comm.world import World
 from mpiddl.log import logger
 from mpiddl.overlap.work import Work
-from mpiddl.waits import Pause, Waits
+from mpiddl.waits import ALREADY, Pause, Wait, Waits
 
-__all__ = ["Engine", "engine_of"]
+__all__ = ["PATIENCE", "Engine", "engine_of"]
+
+PATIENCE = 100
+"""Fruitless looks at a wait before others are helped on."""
 
 
 class Engine:
@@ -59,9 +62,30 @@ class Engine:
 
     def run(self, waits: Waits[Any], world: World) -> Any:
         """Run a collective to its end in the caller's thread; return its result."""
-        work = Work(self, waits, world)
+        wait: Wait = ALREADY
+        if self.enter():  # nothing else to help on: no need for a Work, which costs microseconds
+            try:
+                looks = 0
+                while looks < PATIENCE:
+                    if wait.done():
+                        wait, looks = next(waits), 0
+                    else:
+                        looks += 1
+            except StopIteration as end:
+                return end.value
+            finally:
+                self.leave()
+        work = Work(self, waits, world, wait=wait)
         self._submitted.append(work)
         return work.wait()
+
+    def enter(self) -> bool:
+        """Keep the engine to the caller if nothing is in flight; then ``leave`` must follow."""
+        return not (self._submitted or self._in_flight) and self._lock.acquire(blocking=False)
+
+    def leave(self) -> None:
+        """End what ``enter`` began."""
+        self._lock.release()
 
     def poll(self) -> None:
         """Help everything in flight on by one round, unless another thread is at it."""

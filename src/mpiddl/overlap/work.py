@@ -19,11 +19,18 @@ class Work:
     Made by calls with ``async_=True``. The buffer must be left alone until ``wait()`` returns.
     """
 
-    def __init__(self, engine: Engine, waits: Waits[Any], world: World, result: Any = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        waits: Waits[Any],
+        world: World,
+        result: Any = None,
+        wait: Wait = ALREADY,
+    ) -> None:
         self.world = world
         self._engine = engine
         self._waits = waits
-        self._wait: Wait = ALREADY
+        self._wait = wait
         self._result = result
         self._error: BaseException | None = None
         self._complete = False

@@ -1,0 +1,120 @@
+"""The buffers of one collective on one node, as one rank reads and writes them all.
+
+They are one set of memory where all are in a window; else the kernel copies to and fro.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from mpiddl.collectives.lane import Lane, Place
+from mpiddl.comm.reach import Reach
+from mpiddl.devices.base import Buffer, Device
+
+__all__ = ["PIECE_BYTES", "Meeting", "Weights", "meet"]
+
+PIECE_BYTES = 512 << 10
+"""Combined at a time: what is combined must be in the cache still when it is handed out."""
+
+Weights = Sequence[float] | None
+
+
+class Meeting(Protocol):
+    """All buffers of a node."""
+
+    def combine(self, piece: slice, op: str) -> None:
+        """Make ``piece`` of this rank's buffer the reduction of all ranks', in rank order."""
+        ...
+
+    def hand_out(self, piece: slice) -> None:
+        """Copy ``piece`` of this rank's buffer into all others."""
+        ...
+
+
+def meet(
+    lane: Lane, places: Sequence[Place], weights: Weights, buffer: Buffer, device: Device
+) -> Meeting | None:
+    """The buffers at ``places``; None, on every rank, if they cannot be reached."""
+    if places[0].window and all(place.window == places[0].window for place in places):
+        return _InWindow(lane, places, weights, buffer, device)
+    if lane.world.reach is not None:
+        return _Apart(lane.rank, lane.world.reach, places, weights, buffer, device)
+    return None
+
+
+class _InWindow:
+    """Everyone's memory is this rank's memory."""
+
+    def __init__(
+        self,
+        lane: Lane,
+        places: Sequence[Place],
+        weights: Weights,
+        buffer: Buffer,
+        device: Device,
+    ) -> None:
+        self._lane = lane
+        self._places = tuple(places)
+        self._weights = weights
+        self._buffer = buffer
+        self._device = device
+
+    def combine(self, piece: slice, op: str) -> None:
+        parts = self._parts(piece)
+        self._device.combine(op, parts, self._weights, parts[self._lane.rank])
+
+    def hand_out(self, piece: slice) -> None:
+        parts = self._parts(piece)
+        mine = parts[self._lane.rank]
+        for peer, part in enumerate(parts):
+            if peer != self._lane.rank:
+                part.copy_(mine)
+
+    def _parts(self, piece: slice) -> list[Buffer]:
+        """Everyone's ``piece``. The views do not keep the window; this rank's buffer does."""
+        dtype, first, last = self._buffer.dtype, piece.start, piece.stop
+        key = (self._places, dtype, first, last)
+        parts = self._lane.cached.get(key)
+        if parts is None:
+            offsets = [place.offset + first * dtype.itemsize for place in self._places]
+            windows = self._lane.world.windows
+            parts = windows.views(self._places[0].window, offsets, last - first, dtype)
+            self._lane.remember(key, parts)
+        return parts
+
+
+class _Apart:
+    """The kernel copies between processes."""
+
+    def __init__(
+        self,
+        rank: int,
+        reach: Reach,
+        places: Sequence[Place],
+        weights: Weights,
+        buffer: Buffer,
+        device: Device,
+    ) -> None:
+        self._rank = rank
+        self._reach = reach
+        self._peers = [(peer, place.address) for peer, place in enumerate(places) if peer != rank]
+        self._weights = weights
+        self._buffer = buffer
+        self._device = device
+
+    def combine(self, piece: slice, op: str) -> None:
+        mine = self._buffer[piece]
+        start = piece.start * mine.itemsize
+        with self._device.scratch(len(self._peers) * len(mine), mine.dtype) as scratch:
+            parts = list(scratch.view(len(self._peers), len(mine)))
+            for part, (peer, address) in zip(parts, self._peers, strict=True):
+                self._reach.read(part.data_ptr(), mine.nbytes, peer, address + start)
+            parts.insert(self._rank, mine)
+            self._device.combine(op, parts, self._weights, mine)
+
+    def hand_out(self, piece: slice) -> None:
+        mine = self._buffer[piece]
+        start = piece.start * mine.itemsize
+        for peer, address in self._peers:
+            self._reach.write(mine.data_ptr(), mine.nbytes, peer, address + start)

@@ -1,0 +1,148 @@
+"""The short way for small blocking all-reduces on one node.
+
+The same turn in the same lane as ``collectives/shared.py``, so other ranks may take either way, but
+without a generator, a handle and a queue: these would cost more than the exchange itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from mpiddl.collectives.choose import choose
+from mpiddl.collectives.lanes import Foreground, foreground_of
+from mpiddl.collectives.reduction import DTYPES, reduction_of
+from mpiddl.collectives.shared import SMALL_BYTES, shared_all_reduce
+from mpiddl.comm.world import World
+from mpiddl.devices.base import Buffer
+from mpiddl.devices.host import HOST
+from mpiddl.errors import UnsupportedBufferError
+from mpiddl.overlap.engine import PATIENCE, Engine, engine_of
+from mpiddl.waits import Pause, Wait
+
+__all__ = ["Quick", "quick_of"]
+
+MOST_PLANS = 1024
+
+_copy = ctypes.memmove
+
+
+class _Plan(NamedTuple):
+    """What is the same for all reductions of one op, dtype and length.
+
+    Attributes:
+        op: sum, min, max or prod.
+        nbytes: Of a buffer.
+        weight: Of every rank.
+        weights: The same, as a list.
+        shown: Per lane and place: where all ranks show their buffers, and this rank's address.
+    """
+
+    op: str
+    nbytes: int
+    weight: float | None
+    weights: list[float] | None
+    shown: list[list[tuple[list[Buffer], int]]]
+
+
+class Quick:
+    """Small all-reduces of one world."""
+
+    def __init__(self, world: World, foreground: Foreground, engine: Engine) -> None:
+        self._world = world
+        self._foreground = foreground
+        self._engine = engine
+        self._next_tag = world.tags.foreground
+        self._plans: dict[tuple[str, torch.dtype, int], _Plan] = {}
+
+    def all_reduce(self, tensor: Any, op: str) -> bool:
+        """Reduce ``tensor`` if it can go this way; False if nothing was done."""
+        if (
+            type(tensor) is not torch.Tensor
+            or tensor.layout is not torch.strided
+            or not tensor.is_contiguous()
+            or not tensor.is_cpu
+            or tensor.requires_grad
+            or tensor.is_inference()
+        ):
+            return False
+        key = (op, tensor.dtype, tensor.numel())
+        plan = self._plans.get(key) or self._prepare(*key)
+        if plan is None or not self._engine.enter():
+            return False
+        try:
+            lane = self._foreground.next_idle()
+            if lane is None:
+                return False
+            self._next_tag()  # as on the long way, which other ranks may take
+            shown, own_address = plan.shown[lane.number][(lane.turn + 1) & 1]
+            _copy(own_address, tensor.data_ptr(), plan.nbytes)
+            turn = lane.enter(plan.weight)
+            came = lane.has_come(turn, PATIENCE)
+        finally:
+            self._engine.leave()
+        if not came:
+            self._outlast(lane.all_at(turn))
+        buffer = tensor if tensor.dim() == 1 else tensor.view(-1)
+        HOST.combine(plan.op, shown, plan.weights, buffer)
+        lane.leave()
+        return True
+
+    def _prepare(self, op: str, dtype: torch.dtype, length: int) -> _Plan | None:
+        """None where the long way is right, or has something to say."""
+        nbytes, size = length * dtype.itemsize, self._world.size
+        if nbytes > SMALL_BYTES or dtype not in DTYPES:
+            return None
+        try:
+            chosen = choose("auto", dtype, nbytes, self._world)
+            reduction = reduction_of(op, dtype, size)
+        except (ValueError, UnsupportedBufferError):
+            return None
+        if chosen.run is not shared_all_reduce:
+            return None
+        if len(self._plans) >= MOST_PLANS:
+            self._plans.clear()
+        like = torch.empty(length, dtype=dtype, device="cpu")
+        shown = [
+            [
+                (views, views[lane.rank].data_ptr())
+                for views in map(partial(lane.shown, like), (0, 1))
+            ]
+            for lane in self._foreground.lanes
+        ]
+        weight = reduction.weight
+        weights = None if weight is None else [weight] * size
+        plan = self._plans[op, dtype, length] = _Plan(reduction.op, nbytes, weight, weights, shown)
+        return plan
+
+    def _outlast(self, wait: Wait) -> None:
+        """Another rank is late: help on whatever else is in flight."""
+        pause = Pause()
+        while not wait.done():
+            self._engine.poll()
+            pause()
+
+
+_quick: dict[World, Quick | None] = {}  # until the world closes
+
+
+def quick_of(world: World) -> Quick | None:
+    """The short way on ``world``; None where there is none."""
+    try:
+        return _quick[world]
+    except KeyError:
+        pass
+    engine = engine_of(world)
+    settings = world.settings
+    foreground = foreground_of(world) if world.num_nodes == 1 else None
+    allowed = settings.algorithm == "auto" and not settings.check
+    _quick[world] = Quick(world, foreground, engine) if foreground and allowed else None
+    world.at_close(_forget)
+    return _quick[world]
+
+
+def _forget(world: World) -> None:
+    _quick.pop(world, None)
