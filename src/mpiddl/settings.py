@@ -17,7 +17,7 @@ from mpiddl.units import format_bytes, parse_bytes
 __all__ = ["ALGORITHM_NAMES", "Settings", "read"]
 
 PREFIX = "MPIDDL_"
-ALGORITHM_NAMES = ("auto", "ring", "library", "reference")
+ALGORITHM_NAMES = ("auto", "ring", "doubling", "direct", "library", "reference")
 
 
 def _parse_flag(text: str) -> bool:

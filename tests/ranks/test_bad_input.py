@@ -65,7 +65,7 @@ def test_unknown_names_list_the_valid_ones(world, agree):
     ones = torch.ones(3)
     words = ["average", "sum, mean, min, max, prod"]
     refused(agree, ValueError, words, lambda: mpiddl.all_reduce(ones, op="average"), ones)
-    words = ["tree", "auto, ring, library, reference"]
+    words = ["tree", "auto, ring, doubling, direct, library, reference"]
     refused(agree, ValueError, words, lambda: mpiddl.all_reduce(ones, algorithm="tree"), ones)
 
 

@@ -34,7 +34,7 @@ def test_all_settings_are_read():
         ("MPIDDL_BUCKET_SIZE", "large", "not a size"),
         ("MPIDDL_CHUNK_SIZE", "1", "at least 4KiB"),
         ("MPIDDL_BUCKET_SIZE", "0", "at least 1B"),
-        ("MPIDDL_ALGORITHM", "foo", "auto, ring, library, reference"),
+        ("MPIDDL_ALGORITHM", "foo", "auto, ring, doubling, direct, library, reference"),
         ("MPIDDL_ENGINE", "steam", "auto, inline, thread"),
     ],
 )

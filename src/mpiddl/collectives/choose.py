@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 
 from mpiddl.collectives.channel import Channel
+from mpiddl.collectives.direct import direct_all_reduce
+from mpiddl.collectives.doubling import doubling_all_reduce
 from mpiddl.collectives.library import library_all_reduce
 from mpiddl.collectives.reduction import DTYPES, Reduction
 from mpiddl.collectives.reference import reference_all_reduce
@@ -52,6 +54,8 @@ class Algorithm:
 
 ALGORITHMS = {
     "ring": Algorithm(ring_all_reduce),
+    "doubling": Algorithm(doubling_all_reduce),
+    "direct": Algorithm(direct_all_reduce),
     "library": Algorithm(
         library_all_reduce,
         dtypes=frozenset(getattr(torch, name) for name in NATIVE_DTYPES),
