@@ -27,7 +27,15 @@ if TYPE_CHECKING:
     from mpiddl.overlap.calls import broadcast as broadcast
     from mpiddl.overlap.calls import broadcast_json as broadcast_json
     from mpiddl.overlap.calls import gather_json as gather_json
+    from mpiddl.overlap.exchange import all_gather as all_gather
+    from mpiddl.overlap.exchange import all_to_all as all_to_all
     from mpiddl.overlap.memory import empty as empty
+    from mpiddl.overlap.peers import recv as recv
+    from mpiddl.overlap.peers import send as send
+    from mpiddl.overlap.reductions import reduce as reduce
+    from mpiddl.overlap.reductions import reduce_scatter as reduce_scatter
+    from mpiddl.overlap.rooted import gather as gather
+    from mpiddl.overlap.rooted import scatter as scatter
     from mpiddl.overlap.work import Work as Work
     from mpiddl.training import replicas as replicas
     from mpiddl.training.data_parallel import DataParallel as DataParallel
@@ -39,15 +47,23 @@ _HOMES = {
     "ShardSampler": "mpiddl.data.samplers",
     "Work": "mpiddl.overlap.work",
     "World": "mpiddl.comm.world",
+    "all_gather": "mpiddl.overlap.exchange",
     "all_reduce": "mpiddl.overlap.calls",
+    "all_to_all": "mpiddl.overlap.exchange",
     "barrier": "mpiddl.overlap.calls",
     "broadcast": "mpiddl.overlap.calls",
     "broadcast_json": "mpiddl.overlap.calls",
     "empty": "mpiddl.overlap.memory",
+    "gather": "mpiddl.overlap.rooted",
     "gather_json": "mpiddl.overlap.calls",
     "init": "mpiddl.comm.world",
+    "recv": "mpiddl.overlap.peers",
+    "reduce": "mpiddl.overlap.reductions",
+    "reduce_scatter": "mpiddl.overlap.reductions",
     "replicas": "mpiddl.training.replicas",
+    "scatter": "mpiddl.overlap.rooted",
     "seed": "mpiddl.data.seeds",
+    "send": "mpiddl.overlap.peers",
 }
 
 __all__ = [
@@ -57,15 +73,23 @@ __all__ = [
     "ShardSampler",
     "Work",
     "World",
+    "all_gather",
     "all_reduce",
+    "all_to_all",
     "barrier",
     "broadcast",
     "broadcast_json",
     "empty",
+    "gather",
     "gather_json",
     "init",
+    "recv",
+    "reduce",
+    "reduce_scatter",
     "replicas",
+    "scatter",
     "seed",
+    "send",
 ]
 
 

@@ -17,7 +17,16 @@ from mpiddl.units import format_bytes, parse_bytes
 __all__ = ["ALGORITHM_NAMES", "Settings", "read"]
 
 PREFIX = "MPIDDL_"
-ALGORITHM_NAMES = ("auto", "shared", "ring", "library", "reference")
+ALGORITHM_NAMES = (
+    "auto",
+    "shared",
+    "hierarchical",
+    "ring",
+    "direct",
+    "doubling",
+    "library",
+    "reference",
+)
 
 
 def _parse_flag(text: str) -> bool:

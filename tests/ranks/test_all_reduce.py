@@ -17,7 +17,7 @@ from mpiddl.devices.host import HOST
 from mpiddl.overlap.engine import engine_of
 
 OPS = ("sum", "min", "max", "prod")
-MESSAGE_ALGORITHMS = ("ring", "reference")
+MESSAGE_ALGORITHMS = ("ring", "doubling", "direct", "reference")
 
 
 def run(world, algorithm, buffer, reduction, chunk_bytes):

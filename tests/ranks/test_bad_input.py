@@ -8,6 +8,7 @@ import torch
 
 import mpiddl
 from mpiddl.errors import MismatchError, MpiddlError, NotInitializedError, UnsupportedBufferError
+from mpiddl.settings import ALGORITHM_NAMES
 
 
 def refused(agree, error, words, call, buffer=None):
@@ -65,7 +66,7 @@ def test_unknown_names_list_the_valid_ones(world, agree):
     ones = torch.ones(3)
     words = ["average", "sum, mean, min, max, prod"]
     refused(agree, ValueError, words, lambda: mpiddl.all_reduce(ones, op="average"), ones)
-    words = ["tree", "auto, shared, ring, library, reference"]
+    words = ["tree", ", ".join(ALGORITHM_NAMES)]
     refused(agree, ValueError, words, lambda: mpiddl.all_reduce(ones, algorithm="tree"), ones)
 
 

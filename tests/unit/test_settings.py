@@ -19,10 +19,11 @@ def test_all_settings_are_read():
             "MPIDDL_CHECK": "1",
             "MPIDDL_BUCKET_SIZE": "4MiB",
             "MPIDDL_CHUNK_SIZE": "64KiB",
+            "MPIDDL_SINGLE_COPY": "off",
             "MPIDDL_ENGINE": "thread",
         }
     )
-    assert settings == Settings("ring", True, 4 << 20, 64 << 10, "thread")
+    assert settings == Settings("ring", True, 4 << 20, 64 << 10, False, "thread")
 
 
 @pytest.mark.parametrize(
@@ -34,7 +35,11 @@ def test_all_settings_are_read():
         ("MPIDDL_BUCKET_SIZE", "large", "not a size"),
         ("MPIDDL_CHUNK_SIZE", "1", "at least 4KiB"),
         ("MPIDDL_BUCKET_SIZE", "0", "at least 1B"),
-        ("MPIDDL_ALGORITHM", "foo", "auto, shared, ring, library, reference"),
+        (
+            "MPIDDL_ALGORITHM",
+            "foo",
+            "auto, shared, hierarchical, ring, direct, doubling, library, reference",
+        ),
         ("MPIDDL_ENGINE", "steam", "auto, inline, thread"),
     ],
 )

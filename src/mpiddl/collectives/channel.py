@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import copy
+
 import torch
 
 from mpiddl.collectives.lane import Lane
@@ -25,9 +28,12 @@ class Channel:
         tag: From ``world.tags``.
         native: For algorithms that the MPI library runs; default the world's own.
         lane: For algorithms that go through shared memory.
+
+    Attributes:
+        layout: Which of the world's ranks are on which node.
     """
 
-    __slots__ = ("lane", "layout", "messages", "native", "rank", "size", "tag")
+    __slots__ = ("_ranks", "lane", "layout", "messages", "native", "rank", "size", "tag")
 
     def __init__(
         self, world: World, tag: int, native: Native | None = None, lane: Lane | None = None
@@ -39,14 +45,23 @@ class Channel:
         self.tag = tag
         self.rank = world.rank
         self.size = world.size
+        self._ranks: Sequence[int] = range(world.size)
+
+    def among(self, ranks: Sequence[int]) -> Channel:
+        """The same messages between some ranks only, this one among them; numbered from 0."""
+        part = copy(self)
+        part.rank = ranks.index(self._ranks[self.rank])
+        part.size = len(ranks)
+        part._ranks = ranks
+        return part
 
     def send(self, buffer: Buffer, peer: int) -> Wait:
         """``buffer`` must stay as it is until the wait is done."""
-        return self.messages.send(buffer.data_ptr(), buffer.nbytes, peer, self.tag)
+        return self.messages.send(buffer.data_ptr(), buffer.nbytes, self._ranks[peer], self.tag)
 
     def receive(self, buffer: Buffer, peer: int) -> Wait:
         """``buffer`` holds what ``peer`` sent once the wait is done."""
-        return self.messages.receive(buffer.data_ptr(), buffer.nbytes, peer, self.tag)
+        return self.messages.receive(buffer.data_ptr(), buffer.nbytes, self._ranks[peer], self.tag)
 
 
 def bytes_of(tensor: torch.Tensor) -> Buffer:

@@ -8,6 +8,9 @@ from typing import Protocol
 import torch
 
 from mpiddl.collectives.channel import Channel
+from mpiddl.collectives.direct import direct_all_reduce
+from mpiddl.collectives.doubling import doubling_all_reduce
+from mpiddl.collectives.hierarchical import hierarchical_all_reduce
 from mpiddl.collectives.library import library_all_reduce
 from mpiddl.collectives.reduction import DTYPES, Reduction
 from mpiddl.collectives.reference import reference_all_reduce
@@ -21,6 +24,9 @@ from mpiddl.settings import ALGORITHM_NAMES
 from mpiddl.waits import Waits
 
 __all__ = ["ALGORITHMS", "Algorithm", "AllReduce", "choose"]
+
+FEW_BYTES = 32 << 10
+"""Up to here the number of messages counts, not their size."""
 
 
 class AllReduce(Protocol):
@@ -47,6 +53,7 @@ class Algorithm:
             them); the others may be started in any order.
         one_node: All ranks must be on one node.
         lanes: It goes through shared memory.
+        reach: Ranks of a node must be able to read each other's memory.
     """
 
     run: AllReduce
@@ -54,11 +61,15 @@ class Algorithm:
     ordered: bool = False
     one_node: bool = False
     lanes: bool = False
+    reach: bool = False
 
 
 ALGORITHMS = {
     "shared": Algorithm(shared_all_reduce, one_node=True, lanes=True),
+    "hierarchical": Algorithm(hierarchical_all_reduce, lanes=True, reach=True),
     "ring": Algorithm(ring_all_reduce),
+    "direct": Algorithm(direct_all_reduce),
+    "doubling": Algorithm(doubling_all_reduce),
     "library": Algorithm(
         library_all_reduce,
         dtypes=frozenset(getattr(torch, name) for name in NATIVE_DTYPES),
@@ -86,6 +97,11 @@ def choose(name: str, dtype: torch.dtype, nbytes: int, world: World) -> Algorith
         raise UnsupportedBufferError(
             f"algorithm {name!r} needs shared memory, and this node has too little of it left"
         )
+    if algorithm.reach and world.reach is None and world.size > 1:
+        raise UnsupportedBufferError(
+            f"algorithm {name!r} copies between the ranks of a node with process_vm_readv, which "
+            "the system forbids here (or MPIDDL_SINGLE_COPY=0)"
+        )
     if dtype not in algorithm.dtypes:
         listed = ", ".join(sorted(str(known) for known in algorithm.dtypes))
         raise UnsupportedBufferError(f"algorithm {name!r} cannot reduce {dtype}, only {listed}")
@@ -96,4 +112,8 @@ def _rule(nbytes: int, world: World) -> str:
     """What is fastest where nothing was measured; the same on every rank."""
     if world.num_nodes == 1 and world.lane_window is not None:
         return "shared"
-    return "ring"
+    if nbytes <= FEW_BYTES:
+        return "doubling"
+    shares_nodes = world.num_nodes < world.size
+    usable = world.lane_window is not None and world.reach is not None
+    return "hierarchical" if shares_nodes and usable else "ring"

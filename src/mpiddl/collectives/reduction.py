@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
+from mpiddl.devices.base import Buffer, Device
 from mpiddl.errors import UnsupportedBufferError
+from mpiddl.waits import Waits
 
-__all__ = ["DTYPES", "OPS", "Reduction", "reduction_of"]
+__all__ = ["DTYPES", "OPS", "Reduction", "check_scales", "reduction_of", "scaled"]
 
 OPS = ("sum", "mean", "min", "max", "prod")
 
@@ -29,8 +31,10 @@ class Reduction:
     weight: float | None = None
 
 
-def reduction_of(op: str, dtype: torch.dtype, size: int) -> Reduction:
-    """The reduction that a user's ``op`` stands for.
+def reduction_of(
+    op: str, dtype: torch.dtype, size: int, pre_scale: float | None = None
+) -> Reduction:
+    """The reduction that a user's ``op`` stands for; in sums ``pre_scale`` is part of the weight.
 
     Raises:
         ValueError: Unknown ``op``.
@@ -39,9 +43,39 @@ def reduction_of(op: str, dtype: torch.dtype, size: int) -> Reduction:
     if op not in OPS:
         raise ValueError(f"unknown op {op!r}; valid are {', '.join(OPS)}")
     if op != "mean":
-        return Reduction(op)
+        return Reduction(op, pre_scale if op == "sum" else None)
     if dtype not in FLOATS:
         raise UnsupportedBufferError(
             f"the mean of {dtype} is not an integer; use op='sum', or convert to a float dtype"
         )
+    if pre_scale is not None:
+        return Reduction("sum", pre_scale / size)
     return Reduction("sum", 1 / size if size > 1 else None)
+
+
+def check_scales(dtype: torch.dtype, *scales: float | None) -> None:
+    """Refuse to scale integers.
+
+    Raises:
+        UnsupportedBufferError: ``dtype`` is not a float dtype and a scale is given.
+    """
+    if dtype not in FLOATS and any(scale is not None for scale in scales):
+        raise UnsupportedBufferError(
+            f"{dtype} cannot be scaled; leave pre_scale and post_scale out, or convert to a float "
+            "dtype"
+        )
+
+
+def scaled(
+    waits: Waits[None],
+    buffer: Buffer,
+    pre_scale: float | None,
+    post_scale: float | None,
+    device: Device,
+) -> Waits[None]:
+    """The reduction ``waits`` of ``buffer``, which is multiplied before and after it."""
+    if pre_scale is not None:
+        device.scale(buffer, pre_scale)
+    yield from waits
+    if post_scale is not None:
+        device.scale(buffer, post_scale)

@@ -67,22 +67,33 @@ class Messages:
 class Tags:
     """Message tags of one communicator; every rank must allot and give back in the same order.
 
-    Collectives that users start take short-lived tags in turn; a gradient bucket keeps its own.
-    The standard grants tags up to 32767.
+    Collectives that users start take short-lived tags in turn; a gradient bucket keeps its own;
+    the last ones are those that users name in send and recv. The standard grants tags up to 32767.
     """
 
     FOREGROUND = 8192
+    USER = 256
     LARGEST = 32767
 
     def __init__(self) -> None:
         self._next_foreground = 0
-        self._free = list(range(self.FOREGROUND, self.LARGEST + 1))
+        self._free = list(range(self.FOREGROUND, self.LARGEST + 1 - self.USER))
 
     def foreground(self) -> int:
         """A tag for one collective. It is used again after 8,192 others."""
         tag = self._next_foreground
         self._next_foreground = (tag + 1) % self.FOREGROUND
         return tag
+
+    def of_user(self, tag: int) -> int:
+        """The tag of a user's message ``tag``.
+
+        Raises:
+            ValueError: Not in 0..255.
+        """
+        if not 0 <= tag < self.USER:
+            raise ValueError(f"tag {tag} is not one of 0..{self.USER - 1}")
+        return self.LARGEST + 1 - self.USER + tag
 
     def keep(self, count: int) -> list[int]:
         """``count`` tags, until they are given back.

@@ -74,27 +74,24 @@ def _prototype(call: Any) -> Callable[..., int]:
     return reach
 
 
-def find_reach(node: MPI.Comm, wanted: bool) -> Reach | None:
-    """The memory of the ranks of ``node``; None, on all of them, if one cannot reach another's.
-
-    Collective over ``node``.
+def find_reach(comm: MPI.Comm, node: MPI.Comm, wanted: bool) -> Reach | None:
+    """The memory of the ranks of ``node``; None, on all of ``comm``, if one rank of any node
+    cannot reach another. Collective over ``comm``.
     """
     token = ctypes.create_string_buffer(secrets.token_bytes(TOKEN_BYTES), TOKEN_BYTES)
-    mine = [os.getpid(), ctypes.addressof(token), token.raw.hex()]
-    everyones = exchange(node, mine)
+    everyones = exchange(node, [os.getpid(), ctypes.addressof(token), token.raw.hex()])
+    libc = ctypes.CDLL(None, use_errno=True)
     reach = None
-    if wanted and len(everyones) > 1:
-        libc = ctypes.CDLL(None, use_errno=True)
-        if hasattr(libc, "process_vm_readv"):
-            # Where only ancestors may do this, the ranks, which are siblings, allow it.
-            libc.prctl(PR_SET_PTRACER, ANY_PROCESS, 0, 0, 0)
-            reach = Reach([process for process, _, _ in everyones], libc)
+    if wanted and hasattr(libc, "process_vm_readv"):
+        # Where only ancestors may do this, the ranks, which are siblings, allow it.
+        libc.prctl(PR_SET_PTRACER, ANY_PROCESS, 0, 0, 0)
+        reach = Reach([process for process, _, _ in everyones], libc)
     node.Barrier()  # everyone has allowed it
-    problem = reach is None or not all(
+    works = reach is not None and all(
         _reads(reach, peer, address, bytes.fromhex(expected))
         for peer, (_, address, expected) in enumerate(everyones)
     )
-    return None if any(exchange(node, problem)) else reach
+    return reach if all(exchange(comm, works)) else None  # nobody's token goes before
 
 
 def _reads(reach: Reach, peer: int, address: int, expected: bytes) -> bool:

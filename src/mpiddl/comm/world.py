@@ -80,7 +80,7 @@ class World:
         self.layout = find_layout(self._comm, self._node)
         self.windows = Windows(self._comm, self._node)
         self.lane_window = self.windows.allocate(LANE_BYTES) if self.size > 1 else None
-        self.reach = find_reach(self._node, settings.single_copy)
+        self.reach = find_reach(self._comm, self._node, settings.single_copy)
         self.settings = settings
 
     @property

@@ -163,7 +163,7 @@ class DataParallel(torch.nn.Module):
         self.world.check_open()
         buffer = self._buckets[number].buffer
         weight = 1 / self.world.size if self._weight is None else self._weight
-        reduction = Reduction("sum", None if weight == 1 else weight)
+        reduction = Reduction("sum", None if self.world.size == 1 else weight)
         run = self._algorithms[number].run
         chunk_bytes = self.world.settings.chunk_size
         waits = run(buffer, reduction, self._channels[number], HOST, chunk_bytes)

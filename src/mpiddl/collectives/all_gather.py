@@ -1,0 +1,22 @@
+"""All-gather by direct exchange."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mpiddl.collectives.all_to_all import all_to_all
+from mpiddl.collectives.channel import Channel
+from mpiddl.devices.base import Buffer
+from mpiddl.waits import Waits
+
+__all__ = ["all_gather"]
+
+
+def all_gather(parts: Sequence[Buffer], channel: Channel) -> Waits[None]:
+    """Fill ``parts[peer]`` from each rank; this rank's own is there already.
+
+    As many bytes as on a ring, in one step. Uneven parts cost what they are; on a ring every
+    step takes as long as its longest part.
+    """
+    mine = parts[channel.rank]
+    yield from all_to_all(parts, [mine] * channel.size, channel)

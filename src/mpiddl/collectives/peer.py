@@ -1,0 +1,44 @@
+"""One buffer from one rank to another, after a note that says what it is."""
+
+from __future__ import annotations
+
+import torch
+
+from mpiddl.collectives.channel import Channel
+from mpiddl.devices.base import Buffer
+from mpiddl.errors import MismatchError
+from mpiddl.waits import AllOf, Waits
+
+__all__ = ["receive", "send"]
+
+NOTE_BYTES = 64
+
+
+def send(buffer: Buffer, peer: int, channel: Channel) -> Waits[None]:
+    """Send ``buffer`` to rank ``peer``."""
+    text = _describe(buffer).encode().ljust(NOTE_BYTES)
+    note = torch.tensor(list(text), dtype=torch.uint8, device="cpu")
+    yield AllOf([channel.send(note, peer), channel.send(buffer, peer)])
+
+
+def receive(buffer: Buffer, peer: int, channel: Channel) -> Waits[None]:
+    """Receive what rank ``peer`` sends.
+
+    Raises:
+        MismatchError: It sent another length or dtype.
+    """
+    note = torch.zeros(NOTE_BYTES, dtype=torch.uint8, device="cpu")
+    # Both at once: a second receive of this tag may be started before the note is here.
+    noted, arrived = channel.receive(note, peer), channel.receive(buffer, peer)
+    yield noted
+    sent = bytes(note.tolist()).decode().strip()
+    if sent != _describe(buffer):
+        raise MismatchError(
+            f"rank {peer} sent {sent}, rank {channel.rank} receives {_describe(buffer)}; pass a "
+            "tensor of that dtype and number of elements, and match sends and receives by tag"
+        )
+    yield arrived
+
+
+def _describe(buffer: Buffer) -> str:
+    return f"{str(buffer.dtype).removeprefix('torch.')}[{len(buffer)}]"

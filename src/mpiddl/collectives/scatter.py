@@ -1,0 +1,25 @@
+"""Scatter: one rank's parts, one to each rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mpiddl.collectives.channel import Channel
+from mpiddl.devices.base import Buffer
+from mpiddl.waits import AllOf, Waits
+
+__all__ = ["scatter"]
+
+
+def scatter(mine: Buffer, parts: Sequence[Buffer], root: int, channel: Channel) -> Waits[None]:
+    """Fill ``mine`` on each rank with ``parts[rank]`` of rank ``root``.
+
+    ``parts`` is not used on other ranks.
+    """
+    if channel.rank != root:
+        yield channel.receive(mine, root)
+        return
+    peers = [peer for peer in range(channel.size) if peer != root]
+    sends = [channel.send(parts[peer], peer) for peer in peers]
+    mine.copy_(parts[root])
+    yield AllOf(sends)

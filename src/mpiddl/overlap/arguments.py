@@ -1,0 +1,223 @@
+"""What all calls share: a user's arguments checked, compared between ranks, started."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
+from typing import Any, TypeVar
+
+import numpy
+import torch
+
+from mpiddl.buckets.agreement import odd_ones, who_has_what
+from mpiddl.collectives import objects
+from mpiddl.collectives.channel import Channel
+from mpiddl.collectives.lanes import Foreground
+from mpiddl.collectives.reduction import DTYPES
+from mpiddl.comm.world import World
+from mpiddl.devices.base import Buffer
+from mpiddl.errors import MismatchError, UnsupportedBufferError
+from mpiddl.overlap.engine import engine_of
+from mpiddl.overlap.work import Work
+from mpiddl.segments import split
+from mpiddl.waits import Waits
+
+__all__ = [
+    "TensorOrArray",
+    "check_apart",
+    "check_call",
+    "check_length",
+    "check_root",
+    "check_same_dtype",
+    "describe_buffer",
+    "describe_dtype",
+    "flat",
+    "new_channel",
+    "parts_of",
+    "run",
+    "same_memory",
+    "start",
+]
+
+T = TypeVar("T")
+TensorOrArray = TypeVar("TensorOrArray", torch.Tensor, numpy.ndarray[Any, Any])
+
+
+def new_channel(world: World, lanes: Foreground | None = None) -> Channel:
+    """The messages of one collective, which every rank starts as its next, and its lane."""
+    return Channel(world, world.tags.foreground(), lane=lanes.next() if lanes else None)
+
+
+def run(world: World, waits: Waits[Any]) -> Any:
+    """Run a collective to its end; return its result."""
+    return engine_of(world).run(waits, world)
+
+
+def start(waits: Waits[Any], world: World, result: T, async_: bool) -> T | Work:
+    """A ``Work`` that returns ``result``, or, once it is complete, ``result``."""
+    if async_:
+        return engine_of(world).submit(waits, world, result=result)
+    engine_of(world).run(waits, world)
+    return result
+
+
+def flat(tensor: Any, any_dtype: bool = False) -> Buffer:
+    """The memory of a user's tensor or array as a 1-D tensor, or an error that says what to do."""
+    if isinstance(tensor, numpy.ndarray):
+        if not tensor.flags.writeable:
+            raise UnsupportedBufferError("a read-only array; pass array.copy()")
+        if not tensor.flags.c_contiguous:
+            raise UnsupportedBufferError(
+                f"a non-contiguous array (shape {tensor.shape}, strides {tensor.strides}); pass "
+                "numpy.ascontiguousarray(array) and copy the result back"
+            )
+        try:
+            tensor = torch.from_numpy(tensor)
+        except (TypeError, ValueError):
+            raise UnsupportedBufferError(_bad_dtype(tensor.dtype)) from None
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"expected a torch tensor or a numpy array, got {type(tensor).__name__}")
+    if tensor.device.type != "cpu":
+        raise UnsupportedBufferError(
+            f"a tensor on {tensor.device}; only host memory can be reduced so far. Pass "
+            "tensor.cpu() and copy the result back"
+        )
+    if tensor.layout is not torch.strided:
+        raise UnsupportedBufferError(f"a {tensor.layout} tensor; pass tensor.to_dense()")
+    if not tensor.is_contiguous():
+        raise UnsupportedBufferError(
+            f"a non-contiguous tensor (shape {tuple(tensor.shape)}, strides {tensor.stride()}); "
+            "pass tensor.contiguous() and copy the result back"
+        )
+    if not any_dtype and tensor.dtype not in DTYPES:
+        raise UnsupportedBufferError(_bad_dtype(tensor.dtype))
+    buffer: Buffer = tensor.detach() if tensor.requires_grad else tensor
+    return buffer if buffer.dim() == 1 else buffer.view(-1)
+
+
+def _bad_dtype(dtype: object) -> str:
+    listed = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
+    return f"{dtype} cannot be reduced; valid are {listed}"
+
+
+def describe_buffer(tensor: Any) -> str:
+    """Dtype and shape, as errors show them."""
+    return f"{describe_dtype(tensor)}{list(getattr(tensor, 'shape', []))}"
+
+
+def describe_dtype(tensor: Any) -> str:
+    """Dtype, as errors show it."""
+    dtype = getattr(tensor, "dtype", type(tensor).__name__)
+    return str(dtype).removeprefix("torch.")
+
+
+def check_root(root: int, world: World) -> None:
+    """Raises: ValueError: ``root`` is no rank."""
+    if not 0 <= root < world.size:
+        raise ValueError(f"root {root} is no rank of a world of {world.size}")
+
+
+def check_same_dtype(output: Buffer, buffer: Buffer) -> None:
+    """Raises: ValueError: The dtypes differ; nothing is converted on the way."""
+    if output.dtype != buffer.dtype:
+        raise ValueError(
+            f"output is {describe_dtype(output)}, input {describe_dtype(buffer)}; pass two of one "
+            "dtype"
+        )
+
+
+def check_apart(output: Buffer, buffer: Buffer, own: bool = False) -> None:
+    """Raises: ValueError: Output and input overlap, unless output is its own part of input."""
+    first = max(output.data_ptr(), buffer.data_ptr())
+    last = min(output.data_ptr() + output.nbytes, buffer.data_ptr() + buffer.nbytes)
+    if first < last and not own:
+        raise ValueError("output and input overlap in memory; pass a copy of the input")
+
+
+def check_length(own: Buffer, part: Buffer, world: World, own_name: str, name: str) -> None:
+    """Raises: ValueError: A rank's own buffer and its part of the whole differ in length."""
+    if len(own) != len(part):
+        raise ValueError(
+            f"{own_name} has {len(own)} elements for rank {world.rank}, but {len(part)} of "
+            f"{name} are its part; pass lengths that fit"
+        )
+
+
+def same_memory(one: Buffer, other: Buffer) -> bool:
+    """Whether two buffers are the very same elements."""
+    return one.data_ptr() == other.data_ptr() and len(one) == len(other)
+
+
+def parts_of(
+    buffer: Buffer, lengths: Sequence[int] | None, world: World, name: str, what: str
+) -> list[Buffer]:
+    """One part of ``buffer`` per rank, one after the other.
+
+    Args:
+        buffer: All parts.
+        lengths: Of the parts, in elements; None: all the same.
+        world: The ranks.
+        name: Of the argument ``lengths``, for errors.
+        what: Of the argument ``buffer``, for errors.
+
+    Raises:
+        ValueError: The lengths are not one for each rank, or the buffer has another length.
+    """
+    if lengths is None:
+        if len(buffer) % world.size:
+            raise ValueError(
+                f"{what} has {len(buffer)} elements, which {world.size} ranks cannot share evenly; "
+                f"pass {name}=[...], elements per rank"
+            )
+        return [buffer[part] for part in split(len(buffer), world.size)]
+    if len(lengths) != world.size or min(lengths) < 0:
+        raise ValueError(f"{name}={list(lengths)} must be {world.size} lengths, one for each rank")
+    if sum(lengths) != len(buffer):
+        raise ValueError(
+            f"{name}={list(lengths)} adds up to {sum(lengths)}, but {what} has {len(buffer)} "
+            "elements"
+        )
+    return [buffer[first:last] for first, last in pairwise([0, *accumulate(lengths)])]
+
+
+def check_call(
+    describe: Callable[[], str],
+    problem: Exception | None,
+    world: World,
+    check: bool | None = None,
+    lengths: tuple[list[int], list[int]] | None = None,
+) -> None:
+    """Raise this rank's problem; with ``check``, another rank's too, or that calls differ.
+
+    ``lengths`` are those of an all-to-all, to each rank and from each: what one sends, another
+    must expect.
+    """
+    if world.settings.check if check is None else check:
+        mine = [describe(), problem and str(problem), lengths]
+        calls = run(world, objects.gather_json(mine, None, new_channel(world)))
+        failed = [(rank, reason) for rank, (_, reason, _) in enumerate(calls) if reason]
+        descriptions = [description for description, _, _ in calls]
+        if failed and problem is None:
+            problem = MismatchError(f"rank {failed[0][0]} could not take part: {failed[0][1]}")
+        elif odd_ones(descriptions) and problem is None:
+            problem = MismatchError(
+                f"ranks called different collectives: {who_has_what(descriptions)}; every rank "
+                "must make the same calls, with the same shape, dtype, op and algorithm"
+            )
+        elif lengths is not None and problem is None:
+            problem = _unexpected([lengths for _, _, lengths in calls])
+    if problem is not None:
+        raise problem
+
+
+def _unexpected(lengths: Sequence[tuple[list[int], list[int]]]) -> MismatchError | None:
+    """An all-to-all in which a rank sends what its peer does not expect."""
+    for sender, (outgoing, _) in enumerate(lengths):
+        for receiver, (_, incoming) in enumerate(lengths):
+            if outgoing[receiver] != incoming[sender]:
+                return MismatchError(
+                    f"rank {sender} sends {outgoing[receiver]} elements to rank {receiver}, which "
+                    f"expects {incoming[sender]}; its output_lengths[{sender}] must be rank "
+                    f"{sender}'s input_lengths[{receiver}]"
+                )
+    return None
