@@ -11,6 +11,7 @@ MpiddlError
  +-- ReplicaError          replicas are no longer bitwise equal
  +-- TagError              no message tags are left for more gradient buckets
  +-- GradientError         a gradient came not at all, twice, or sparse
+ +-- PeerError             another library could not take part in a benchmark
 
 Each message says what happened, on which rank where that matters, and what to do.
 Those that come of a caller's argument are ``ValueError`` too.
@@ -25,6 +26,7 @@ __all__ = [
     "MpiddlError",
     "NoMpiError",
     "NotInitializedError",
+    "PeerError",
     "ReplicaError",
     "SettingsError",
     "SingletonError",
@@ -100,3 +102,7 @@ class TagError(MpiddlError):
 
 class GradientError(MpiddlError):
     """A gradient came not at all, twice, or in a form that cannot be reduced."""
+
+
+class PeerError(MpiddlError):
+    """Another library could not take part in a benchmark."""

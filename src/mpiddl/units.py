@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["format_bytes", "parse_bytes"]
+__all__ = ["format_bytes", "parse_bytes", "parse_sizes"]
 
 _BINARY = {"": 1, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}
 _DECIMAL = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -33,3 +33,20 @@ def format_bytes(nbytes: int) -> str:
         if nbytes >= _BINARY[unit]:
             return f"{nbytes / _BINARY[unit]:.1f}".removesuffix(".0") + f"{unit[0]}iB"
     return f"{nbytes}B"
+
+
+def parse_sizes(text: str, factor: int = 4) -> list[int]:
+    """``"1KiB:1MiB"`` -> 1 KiB, 4 KiB, ... up to 1 MiB; ``"1KiB,3MiB"`` -> those two.
+
+    Raises:
+        ValueError: Not sizes, none of them, or from large to small.
+    """
+    if ":" not in text:
+        return [parse_bytes(part) for part in text.split(",")]
+    first, last = (parse_bytes(part) for part in text.split(":", 1))
+    if not 0 < first <= last:
+        raise ValueError(f"{text!r} goes from large to small; write for example 1KiB:256MiB")
+    sizes = [first]
+    while sizes[-1] * factor <= last:
+        sizes.append(sizes[-1] * factor)
+    return sizes if sizes[-1] == last else [*sizes, last]

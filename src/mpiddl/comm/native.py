@@ -1,4 +1,4 @@
-"""The installed MPI's own all-reduce, on host memory and the dtypes it knows."""
+"""The installed MPI's own collectives, on host memory and the dtypes it knows."""
 
 from __future__ import annotations
 
@@ -44,3 +44,34 @@ class Native:
         datatype = getattr(MPI, NATIVE_DTYPES[dtype])
         operation = getattr(MPI, NATIVE_OPS[op])
         return RequestWait(self._comm.Iallreduce(MPI.IN_PLACE, [memory, datatype], operation))
+
+    def blocking(
+        self, collective: str, send: tuple[int, int], receive: tuple[int, int], dtype: str, op: str
+    ) -> None:
+        """One of the library's blocking collectives, which no generator can use: for comparison.
+
+        Args:
+            collective: all-reduce or broadcast, in place on ``receive``; reduce-scatter,
+                all-gather or all-to-all, in equal parts. A broadcast comes from rank 0.
+            send: Address and bytes of the input.
+            receive: Address and bytes of the output.
+            dtype: One of NATIVE_DTYPES; for those that only move, any.
+            op: One of NATIVE_OPS.
+        """
+        from mpi4py import MPI
+
+        source, target = (MPI.memory.fromaddress(*memory) for memory in (send, receive))
+        if collective == "broadcast":
+            self._comm.Bcast([target, MPI.BYTE], 0)
+        elif collective == "all-gather":
+            self._comm.Allgather([source, MPI.BYTE], [target, MPI.BYTE])
+        elif collective == "all-to-all":
+            self._comm.Alltoall([source, MPI.BYTE], [target, MPI.BYTE])
+        else:
+            datatype = getattr(MPI, NATIVE_DTYPES[dtype])
+            operation = getattr(MPI, NATIVE_OPS[op])
+            if collective == "all-reduce":
+                self._comm.Allreduce(MPI.IN_PLACE, [target, datatype], operation)
+            else:
+                pair = [source, datatype], [target, datatype]
+                self._comm.Reduce_scatter_block(*pair, operation)

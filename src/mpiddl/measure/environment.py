@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import importlib.metadata
 import multiprocessing
 import os
@@ -17,8 +19,9 @@ import mpiddl
 from mpiddl.comm import library
 from mpiddl.comm.world import World
 from mpiddl.devices.probe import cuda_awareness
+from mpiddl.overlap.calls import gather_json
 
-__all__ = ["rank_facts"]
+__all__ = ["environment_of", "rank_facts"]
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where MPI libraries put it
 
@@ -45,6 +48,21 @@ def rank_facts(world: World | None) -> dict[str, Any]:
         "gpu": _gpu(),
         "mpi": None if world is None else _mpi(),
         "place": None if world is None else _place(world),
+    }
+
+
+def environment_of(world: World) -> dict[str, Any]:
+    """What a benchmark's numbers depend on. Collective; the same on every rank."""
+    facts = rank_facts(world)
+    kept = ("hostname", "cpu", "cores", "node_cores", "omp_num_threads", "versions", "place", "gpu")
+    mine = {name: facts[name] for name in kept} | {"torch_threads": facts["gpu"]["torch_threads"]}
+    ranks = gather_json(mine, world=world)
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "mpi": facts["mpi"]["library"],
+        "hosts": sorted({rank["hostname"] for rank in ranks}),
+        "settings": dataclasses.asdict(world.settings),
+        "ranks": ranks,
     }
 
 

@@ -1,0 +1,243 @@
+"""``mpiddl bench``: how fast are collectives on these ranks, and are they right."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mpiddl.cli.run import deferred
+from mpiddl.units import parse_sizes
+
+if TYPE_CHECKING:
+    from mpiddl.comm.world import World
+    from mpiddl.measure.bandwidth import Row
+    from mpiddl.measure.candidates import Candidate
+
+__all__ = ["app"]
+
+DEFAULT_ALGORITHMS = "auto,library,gloo"
+
+app = typer.Typer(
+    help="Time collectives on these ranks and check every result: run it under mpirun or srun.",
+    no_args_is_help=True,
+)
+
+
+def _sizes(text: str) -> str:
+    try:
+        if min(parse_sizes(text)) < 1:
+            raise ValueError("sizes must be at least 1B")
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    return text
+
+
+def _writable(path: Path | None) -> Path | None:
+    """Refused before anything is measured, not after."""
+    if path is not None and not path.parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {path.parent}")
+    if path is not None and path.is_dir():
+        raise typer.BadParameter(f"{path} is a folder")
+    return path
+
+
+def _drawable(path: Path | None) -> Path | None:
+    if path is not None and importlib.util.find_spec("matplotlib") is None:
+        raise typer.BadParameter("needs matplotlib: pip install 'mpiddl[plots]'")
+    return _writable(path)
+
+
+def _one_of(table: str) -> Callable[[str], str]:
+    def check(text: str) -> str:
+        from mpiddl.collectives.reduction import DTYPES, OPS
+
+        known = OPS if table == "op" else [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+        if text not in known:
+            raise typer.BadParameter(f"{text!r} is none of {', '.join(known)}")
+        return text
+
+    return check
+
+
+Sizes = Annotated[
+    str, typer.Option(callback=_sizes, help="1KiB:256MiB in steps of 4, or 64KiB,1MiB,...")
+]
+Algorithms = Annotated[str, typer.Option(help="Comma-separated, or `all`.")]
+Dtype = Annotated[str, typer.Option(callback=_one_of("dtype"), help="Of the elements.")]
+Op = Annotated[str, typer.Option(callback=_one_of("op"), help="sum, mean, min, max or prod.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Timed rounds; the median counts.")]
+Warmup = Annotated[int, typer.Option(min=0, help="Rounds before that.")]
+Check = Annotated[bool, typer.Option("--check/--no-check", help="Count wrong elements.")]
+Json = Annotated[
+    Path | None, typer.Option("--json", callback=_writable, help="Write environment and rows.")
+]
+Csv = Annotated[Path | None, typer.Option("--csv", callback=_writable, help="Write rows.")]
+Plot = Annotated[
+    Path | None, typer.Option("--plot", callback=_drawable, help="Draw busbw and time, PNG.")
+]
+MinBusbw = Annotated[
+    float | None,
+    typer.Option(help="Exit 1 if `auto` is below this (GB/s) at the largest size: for acceptance."),
+]
+
+
+def _command(collective: str) -> Callable[..., None]:
+    def bench(
+        sizes: Sizes = "1KiB:256MiB",
+        algorithms: Algorithms = DEFAULT_ALGORITHMS,
+        dtype: Dtype = "float32",
+        op: Op = "sum",
+        repeats: Repeats = 15,
+        warmup: Warmup = 3,
+        check: Check = True,
+        json_file: Json = None,
+        csv_file: Csv = None,
+        plot_file: Plot = None,
+        min_busbw: MinBusbw = None,
+    ) -> None:
+        from mpiddl.comm.world import init
+        from mpiddl.measure.memory import busbw_limit, measure_memory
+
+        names = _names(algorithms, collective)
+        world = init()
+        report = _Report(world)
+        memory = measure_memory(world)
+        limit = None
+        if collective == "all-reduce" and world.num_nodes == 1 and world.size > 1:
+            limit = busbw_limit(memory["stream_gbps"], world.size)
+        report.begin(memory, limit)
+        nbytes = parse_sizes(sizes)
+        wanted = algorithms not in ("all", DEFAULT_ALGORITHMS)
+        found = _candidates(names, wanted, collective, max(nbytes), world, report)
+        for size in nbytes:
+            _measure(collective, size, dtype, op, found, (repeats, warmup), check, world, report)
+        if world.rank == 0:
+            report.write(json_file, csv_file, plot_file, f"{collective}, {dtype}")
+        report.judge(min_busbw)
+
+    bench.__doc__ = f"Time {collective}. busbw as in nccl-tests, GB = 1e9 bytes."
+    return bench
+
+
+for _name in ("all-reduce", "reduce-scatter", "all-gather", "broadcast", "all-to-all"):
+    app.command(_name)(deferred(_command(_name)))
+
+
+def _names(text: str, collective: str) -> list[str]:
+    from mpiddl.errors import PeerError
+    from mpiddl.measure.candidates import names_of
+
+    known = names_of(collective)
+    names = known if text == "all" else text.split(",")
+    for name in names:
+        if name not in known:
+            raise PeerError(f"no algorithm {name!r} for {collective}; valid are {', '.join(known)}")
+    return names
+
+
+def _candidates(
+    names: list[str], wanted: bool, collective: str, nbytes: int, world: World, report: _Report
+) -> list[Candidate]:
+    """Those that can run here; an error if one was ``wanted`` by name and cannot."""
+    from mpiddl.errors import PeerError
+    from mpiddl.measure.candidates import candidates
+
+    found, missing = candidates(names, collective, nbytes, world)
+    for name, reason in missing.items():
+        if wanted:
+            raise PeerError(f"{name} {reason}")
+        report.say(f"# {name} is left out: it {reason}")
+    return found
+
+
+def _measure(
+    collective: str,
+    nbytes: int,
+    dtype: str,
+    op: str,
+    found: list[Candidate],
+    rounds: tuple[int, int],
+    check: bool,
+    world: World,
+    report: _Report,
+) -> None:
+    import torch
+
+    from mpiddl.measure.bandwidth import measure
+    from mpiddl.measure.candidates import Case
+
+    kind = getattr(torch, dtype)
+    case = Case(collective, nbytes // kind.itemsize * kind.itemsize, kind, op)
+    for row in measure(case, found, world, *rounds, check):
+        if isinstance(row, str):
+            report.say(f"# {row}")
+        else:
+            report.add(row)
+
+
+class _Report:
+    """What rank 0 prints and writes."""
+
+    def __init__(self, world: World) -> None:
+        from mpiddl.measure.environment import environment_of
+
+        self._speaks = world.rank == 0
+        self._environment = environment_of(world)
+        self._memory: dict[str, Any] = {}
+        self._limit: float | None = None
+        self._rows: list[Row] = []
+        self._said: set[str] = set()
+
+    def say(self, text: str) -> None:
+        """Print on rank 0, and nothing twice."""
+        if self._speaks and text not in self._said:
+            typer.echo(text)
+        self._said.add(text)
+
+    def begin(self, memory: dict[str, Any], limit: float | None) -> None:
+        from mpiddl.measure.report import HEADINGS, headline
+
+        self._memory, self._limit = memory, limit
+        self.say(headline(self._environment))
+        self.say(f"# memory: {memory['stream_gbps']:.1f} GB/s, c = a + b on all ranks of a node")
+        self.say(HEADINGS)
+
+    def add(self, row: Row) -> None:
+        from mpiddl.measure.report import line_of
+
+        self._rows.append(row)
+        self.say(line_of(row, self._limit))
+
+    def write(
+        self, json_file: Path | None, csv_file: Path | None, plot_file: Path | None, title: str
+    ) -> None:
+        from mpiddl.measure.plots import plot_bandwidth
+        from mpiddl.measure.report import write_csv, write_json
+
+        if json_file:
+            write_json(json_file, self._environment, self._rows, self._memory)
+        if csv_file:
+            write_csv(csv_file, self._rows)
+        if plot_file:
+            ranks, mpi = len(self._environment["ranks"]), self._environment["mpi"]
+            plot_bandwidth(plot_file, self._rows, self._limit, f"{title}, {ranks} ranks, {mpi}")
+
+    def judge(self, min_busbw: float | None) -> None:
+        """Exit 1 on every rank if results are wrong or too slow."""
+        problems = [
+            f"{row.algorithm} is wrong at {row.nbytes} bytes" for row in self._rows if row.wrong
+        ]
+        largest = max((row.nbytes for row in self._rows), default=0)
+        for row in self._rows:
+            if row.algorithm == "auto" and row.nbytes == largest and row.busbw < (min_busbw or 0):
+                problems.append(
+                    f"auto, {row.placement}: busbw {row.busbw:.2f} is below {min_busbw} GB/s"
+                )
+        for problem in problems:
+            self.say(f"FAILED: {problem}")
+        if problems:
+            raise SystemExit(1)

@@ -1,0 +1,102 @@
+"""Time and bandwidth of collectives, candidates interleaved.
+
+Definitions as in nccl-tests: algbw = bytes / time; busbw = algbw x a factor that makes it
+comparable with the speed of the hardware, whatever the number of ranks; GB = 1e9 bytes.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy
+
+from mpiddl.comm.world import World
+from mpiddl.errors import PeerError, UnsupportedBufferError
+from mpiddl.measure.candidates import Candidate, Case
+from mpiddl.overlap.calls import all_reduce
+
+__all__ = ["Row", "busbw_factor", "measure"]
+
+BYTES_PER_ROUND = 4 << 20
+MOST_CALLS = 200
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; ``seconds`` is the median over rounds of the slowest rank's time."""
+
+    collective: str
+    algorithm: str
+    placement: str
+    nbytes: int
+    dtype: str
+    op: str
+    ranks: int
+    seconds: float
+    seconds_p99: float
+    algbw: float
+    busbw: float
+    wrong: int | None
+
+    as_dict = asdict
+
+
+def busbw_factor(collective: str, ranks: int) -> float:
+    """busbw / algbw."""
+    if collective == "broadcast":
+        return 1.0
+    return (2 if collective == "all-reduce" else 1) * (ranks - 1) / ranks
+
+
+def measure(
+    case: Case,
+    candidates: Sequence[Candidate],
+    world: World,
+    repeats: int,
+    warmup: int,
+    check: bool,
+) -> Iterator[Row | str]:
+    """A row for every candidate; a sentence for each that cannot do it. Collective.
+
+    Candidates take turns in random order, so that whatever else happens on the machine happens to
+    all of them. The rows are the same on every rank.
+    """
+    able: list[Candidate] = []
+    wrong: list[int] = []
+    for candidate in candidates:
+        try:
+            wrong.append(candidate.prepare(case, check))
+            able.append(candidate)
+        except (UnsupportedBufferError, PeerError) as error:
+            yield f"{candidate.name} is left out: {error}"
+    order = random.Random(SEED)  # noqa: S311 - the same on every rank, no secret
+    calls = max(1, min(MOST_CALLS, BYTES_PER_ROUND // max(1, case.nbytes)))
+    seconds = numpy.zeros((len(able), warmup + repeats))
+    for turn in range(warmup + repeats):
+        for place in order.sample(range(len(able)), len(able)):
+            seconds[place, turn] = able[place].time(calls)
+    if not able:
+        return
+    all_reduce(seconds, op="max", world=world)
+    counts = numpy.array(wrong, dtype=numpy.int64)
+    all_reduce(counts, op="sum", world=world)
+    for candidate, times, count in zip(able, seconds[:, warmup:], counts, strict=True):
+        median, p99 = float(numpy.median(times)), float(numpy.quantile(times, 0.99))
+        algbw = case.nbytes / median / 1e9
+        yield Row(
+            collective=case.collective,
+            algorithm=candidate.name,
+            placement=candidate.placement,
+            nbytes=case.nbytes,
+            dtype=str(case.dtype).removeprefix("torch."),
+            op=case.op,
+            ranks=world.size,
+            seconds=median,
+            seconds_p99=p99,
+            algbw=algbw,
+            busbw=algbw * busbw_factor(case.collective, world.size),
+            wrong=int(count) if check else None,
+        )

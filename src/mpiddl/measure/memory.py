@@ -1,0 +1,46 @@
+"""How fast this node's ranks can read and write memory, all at once."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from mpiddl.comm.world import World
+from mpiddl.overlap.calls import barrier, gather_json
+
+__all__ = ["busbw_limit", "measure_memory"]
+
+STREAM_BYTES = 64 << 20
+"""Of each of the three arrays: larger than a core's caches."""
+ROUNDS = 20
+
+
+def measure_memory(world: World) -> dict[str, Any]:
+    """``c = a + b`` by all ranks of a node at a time: bytes read and written per second.
+
+    Returns:
+        ``stream_gbps``: of all ranks of rank 0's node together, in 1e9 bytes/s, each rank's best
+        of several rounds, as STREAM counts.
+    """
+    length = STREAM_BYTES // 4
+    a, b, c = (torch.ones(length, device="cpu") for _ in range(3))
+    seconds = []
+    for _ in range(ROUNDS):
+        barrier(world=world)
+        started = time.perf_counter()
+        torch.add(a, b, out=c)
+        seconds.append(time.perf_counter() - started)
+    own = 3 * STREAM_BYTES / min(seconds) / 1e9
+    everyones = gather_json([world.node_rank, own], world=world)
+    return {"stream_gbps": sum(gbps for node, gbps in everyones if node == 0)}
+
+
+def busbw_limit(stream_gbps: float, ranks: int) -> float:
+    """GB/s of an all-reduce on one node if memory alone held it up.
+
+    All ranks read their own and write their own buffer once: 2n of the buffer, at busbw =
+    2(n-1)/n of it.
+    """
+    return stream_gbps * (ranks - 1) / ranks**2

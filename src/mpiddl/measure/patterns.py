@@ -1,0 +1,89 @@
+"""Values whose collectives are known without communication, exact in every dtype.
+
+Element i of rank r's buffer is a small whole number that depends on i + r, so a result is known
+from its place alone, and a segment that went to the wrong place is seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from mpiddl.segments import split
+
+__all__ = ["COLLECTIVES", "count_wrong", "fill", "lengths"]
+
+COLLECTIVES = ("all-reduce", "reduce-scatter", "all-gather", "broadcast", "all-to-all")
+TILE = 1 << 16
+LARGEST_EXACT = 127  # int8
+
+Values = Callable[[torch.Tensor], torch.Tensor]
+"""Element numbers -> what is there."""
+
+
+def lengths(collective: str, length: int, size: int) -> tuple[int, int]:
+    """Elements of the input and of the output of a collective of ``length`` elements in all."""
+    part = length // size
+    if collective == "all-gather":
+        return part, part * size
+    if collective == "reduce-scatter":
+        return part * size, part
+    return (part * size,) * 2 if collective == "all-to-all" else (length, length)
+
+
+def fill(buffer: torch.Tensor, rank: int, size: int, op: str) -> None:
+    """Write rank ``rank``'s values."""
+    for first, part in _tiles(buffer):
+        part.copy_(_values(rank, size, op)(torch.arange(first, first + len(part))))
+
+
+def count_wrong(
+    output: torch.Tensor, collective: str, rank: int, size: int, op: str, root: int = 0
+) -> int:
+    """Elements of rank ``rank``'s output that are not what they must be."""
+    if collective == "all-reduce":
+        return _differing(output, 0, _reduced(size, op))
+    if collective == "reduce-scatter":
+        return _differing(output, rank * len(output), _reduced(size, op))
+    if collective == "broadcast":
+        return _differing(output, 0, _values(root, size, op))
+    part = len(output) // size
+    start = 0 if collective == "all-gather" else rank * part
+    return sum(
+        _differing(output[segment], start, _values(peer, size, op))
+        for peer, segment in enumerate(split(len(output), size))
+    )
+
+
+def _values(rank: int, size: int, op: str) -> Values:
+    if op == "prod":
+        return lambda index: 1 + ((index + rank) % size == 0).long()
+    modulus = 4 if 3 * size <= LARGEST_EXACT else 2
+    return lambda index: (index + rank) % modulus
+
+
+def _reduced(size: int, op: str) -> Values:
+    folds = {"min": torch.minimum, "max": torch.maximum, "prod": torch.mul}
+
+    def reduced(index: torch.Tensor) -> torch.Tensor:
+        total = _values(0, size, op)(index)
+        for rank in range(1, size):
+            total = folds.get(op, torch.add)(total, _values(rank, size, op)(index))
+        return total / size if op == "mean" else total
+
+    return reduced
+
+
+def _differing(output: torch.Tensor, start: int, values: Values) -> int:
+    tolerance = 1e-2 if output.dtype.itemsize == 2 else 1e-5  # for means
+    wrong = 0
+    for first, part in _tiles(output):
+        want = values(torch.arange(start + first, start + first + len(part))).double()
+        close = torch.isclose(part.double(), want, rtol=tolerance, atol=0)
+        wrong += len(part) - int(close.sum())
+    return wrong
+
+
+def _tiles(buffer: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
+    return [(first, buffer[first : first + TILE]) for first in range(0, len(buffer), TILE)]
