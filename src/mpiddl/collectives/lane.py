@@ -124,7 +124,7 @@ class Lane:
         self.counter_at = [at // 8 for at in starts]
         self._own = self.counter_at[self.rank]
         self._peers_at = [at for at in self.counter_at if at != self._own]
-        self._noted: list[object] = [self, self]  # weights of the last two turns that had no place
+        self._noted: list[tuple[Place, float | None] | None] = [None, None]
         data = torch.frombuffer(window.memory, dtype=torch.uint8)
         share = _share(room, self.size)
         self.entered = [_pair(data, at + HEADER, room) for at in starts]
@@ -158,13 +158,12 @@ class Lane:
         """What this rank has for the turn is written: raise the counter, wait for the others."""
         return _Turn(self, self.raise_counter())
 
-    def enter(self, weight: float | None) -> int:
-        """Into an idle lane, for a turn in which everything is shown. Returns the turn."""
+    def enter(self, place: Place, weight: float | None) -> int:
+        """Ticket, note and counter of an idle lane in one. Returns the turn."""
         self._tickets += 1
-        place = (self.turn + 1) & 1
-        if self._noted[place] != weight:
-            self.note(NOWHERE, weight)
-            self._noted[place] = weight
+        parity = (self.turn + 1) & 1
+        if self._noted[parity] != (place, weight):
+            self.note(place, weight)
         return self.raise_counter()
 
     def has_come(self, turn: int, looks: int) -> bool:
@@ -186,7 +185,7 @@ class Lane:
     def note(self, place: Place, weight: float | None) -> None:
         """Tell the others, with the next turn, where the buffer is and what it weighs."""
         parity = (self.turn + 1) % 2
-        self._noted[parity] = self  # unlike any weight
+        self._noted[parity] = place, weight
         at = self._own + (1 + parity) * LINE // 8
         self.counters[at], self.counters[at + 1], self.counters[at + 2] = place
         self._weights[at + 3] = math.nan if weight is None else weight

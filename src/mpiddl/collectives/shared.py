@@ -13,7 +13,7 @@ buffers are reached through the kernel, or, where that is forbidden, pass throug
 from __future__ import annotations
 
 from mpiddl.collectives.channel import Channel
-from mpiddl.collectives.lane import NOWHERE, Lane
+from mpiddl.collectives.lane import NOWHERE, Lane, Place
 from mpiddl.collectives.lanes import place_of
 from mpiddl.collectives.meeting import PIECE_BYTES, Weights, meet
 from mpiddl.collectives.reduction import Reduction
@@ -21,10 +21,12 @@ from mpiddl.devices.base import Buffer, Device
 from mpiddl.segments import chunked, split
 from mpiddl.waits import Waits
 
-__all__ = ["SMALL_BYTES", "shared_all_reduce"]
+__all__ = ["SMALL_BYTES", "finish", "shared_all_reduce", "show"]
 
 SMALL_BYTES = 16 << 10
 """Up to here every rank adds everything itself: one turn, and no result to hand back."""
+MEDIUM_BYTES = 128 << 10
+"""Up to here it does so where no buffer is in a window."""
 
 
 def shared_all_reduce(
@@ -42,32 +44,38 @@ def shared_all_reduce(
     lane = channel.lane
     assert lane is not None
     yield lane.ticket()
-    if buffer.nbytes <= min(SMALL_BYTES, lane.room):
-        yield from _small(buffer, reduction, lane, device)
-    else:
-        lane.note(place_of(lane.world, buffer), reduction.weight)
-        yield lane.go()
-        places, weights = lane.notes()
-        meeting = meet(lane, places, weights, buffer, device)
-        if meeting is not None:
-            segment = split(len(buffer), lane.size)[lane.rank]
-            for piece in chunked(segment, PIECE_BYTES // buffer.itemsize):
-                meeting.combine(piece, reduction.op)
-                meeting.hand_out(piece)
-            yield lane.go()
-        else:
-            yield from _through_lane(buffer, reduction.op, weights, lane, device)
-    lane.leave()
-
-
-def _small(buffer: Buffer, reduction: Reduction, lane: Lane, device: Device) -> Waits[None]:
-    """One turn: everyone shows everything, everyone adds everything."""
-    shown = lane.shown(buffer, (lane.turn + 1) % 2)
-    shown[lane.rank].copy_(buffer)
-    lane.note(NOWHERE, reduction.weight)
+    lane.note(show(buffer, lane), reduction.weight)
     yield lane.go()
-    _, weights = lane.notes()
-    device.combine(reduction.op, shown, weights, buffer)
+    yield from finish(buffer, reduction.op, lane, device)
+
+
+def show(buffer: Buffer, lane: Lane) -> Place:
+    """Before the first turn: where the buffer is. One that others had better not go to is shown in
+    the lane itself."""
+    if buffer.nbytes <= min(SMALL_BYTES, lane.room):
+        place = NOWHERE
+    else:
+        place = place_of(lane.world, buffer)
+        if place.window != 0 or buffer.nbytes > min(MEDIUM_BYTES, lane.room):
+            return place
+    lane.shown(buffer, (lane.turn + 1) % 2)[lane.rank].copy_(buffer)
+    return place
+
+
+def finish(buffer: Buffer, op: str, lane: Lane, device: Device) -> Waits[None]:
+    """After the first turn: reduce, and leave the lane."""
+    places, weights = lane.notes()
+    if buffer.nbytes <= min(MEDIUM_BYTES, lane.room) and not any(p.window for p in places):
+        device.combine(op, lane.shown(buffer, lane.turn % 2), weights, buffer)
+    elif (meeting := meet(lane, places, weights, buffer, device)) is not None:
+        segment = split(len(buffer), lane.size)[lane.rank]
+        for piece in chunked(segment, PIECE_BYTES // buffer.itemsize):
+            meeting.combine(piece, op)
+            meeting.hand_out(piece)
+        yield lane.go()
+    else:
+        yield from _through_lane(buffer, op, weights, lane, device)
+    lane.leave()
 
 
 def _through_lane(

@@ -1,7 +1,8 @@
-"""The short way for small blocking all-reduces on one node.
+"""The short way for blocking all-reduces on one node.
 
-The same turn in the same lane as ``collectives/shared.py``, so other ranks may take either way, but
-without a generator, a handle and a queue: these would cost more than the exchange itself.
+The same turns in the same lane as ``collectives/shared.py``, so other ranks may take either way;
+but what is known from the call before is not worked out again, and a small buffer needs neither a
+generator nor a queue: these cost more than the exchange itself.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 
 from mpiddl.collectives.choose import choose
+from mpiddl.collectives.lane import NOWHERE
 from mpiddl.collectives.lanes import Foreground, foreground_of
 from mpiddl.collectives.reduction import DTYPES, reduction_of
-from mpiddl.collectives.shared import SMALL_BYTES, shared_all_reduce
+from mpiddl.collectives.shared import SMALL_BYTES, finish, shared_all_reduce, show
 from mpiddl.comm.world import World
 from mpiddl.devices.base import Buffer
 from mpiddl.devices.host import HOST
@@ -38,7 +40,8 @@ class _Plan(NamedTuple):
         nbytes: Of a buffer.
         weight: Of every rank.
         weights: The same, as a list.
-        shown: Per lane and place: where all ranks show their buffers, and this rank's address.
+        shown: Per lane and place: where all ranks show their buffers, and this rank's address;
+            empty for large buffers.
     """
 
     op: str
@@ -49,7 +52,7 @@ class _Plan(NamedTuple):
 
 
 class Quick:
-    """Small all-reduces of one world."""
+    """Blocking all-reduces of one world."""
 
     def __init__(self, world: World, foreground: Foreground, engine: Engine) -> None:
         self._world = world
@@ -78,24 +81,31 @@ class Quick:
             if lane is None:
                 return False
             self._next_tag()  # as on the long way, which other ranks may take
-            shown, own_address = plan.shown[lane.number][(lane.turn + 1) & 1]
-            _copy(own_address, tensor.data_ptr(), plan.nbytes)
-            turn = lane.enter(plan.weight)
+            buffer = tensor if tensor.dim() == 1 else tensor.view(-1)
+            if plan.shown:
+                shown, own_address = plan.shown[lane.number][(lane.turn + 1) & 1]
+                _copy(own_address, tensor.data_ptr(), plan.nbytes)
+                place = NOWHERE
+            else:
+                place = show(buffer, lane)
+            turn = lane.enter(place, plan.weight)
             came = lane.has_come(turn, PATIENCE)
         finally:
             self._engine.leave()
         if not came:
             self._outlast(lane.all_at(turn))
-        buffer = tensor if tensor.dim() == 1 else tensor.view(-1)
-        HOST.combine(plan.op, shown, plan.weights, buffer)
-        lane.leave()
+        if plan.shown:
+            HOST.combine(plan.op, shown, plan.weights, buffer)
+            lane.leave()
+        else:
+            self._engine.run(finish(buffer, plan.op, lane, HOST), self._world)
         return True
 
     def _prepare(self, op: str, dtype: torch.dtype, length: int) -> _Plan | None:
         """None where the long way is right, or has something to say."""
-        nbytes, size = length * dtype.itemsize, self._world.size
-        if nbytes > SMALL_BYTES or dtype not in DTYPES:
+        if dtype not in DTYPES:
             return None
+        nbytes, size = length * dtype.itemsize, self._world.size
         try:
             chosen = choose("auto", dtype, nbytes, self._world)
             reduction = reduction_of(op, dtype, size)
@@ -105,14 +115,16 @@ class Quick:
             return None
         if len(self._plans) >= MOST_PLANS:
             self._plans.clear()
-        like = torch.empty(length, dtype=dtype, device="cpu")
-        shown = [
-            [
-                (views, views[lane.rank].data_ptr())
-                for views in map(partial(lane.shown, like), (0, 1))
+        shown = []
+        if nbytes <= SMALL_BYTES:
+            like = torch.empty(length, dtype=dtype, device="cpu")
+            shown = [
+                [
+                    (views, views[lane.rank].data_ptr())
+                    for views in map(partial(lane.shown, like), (0, 1))
+                ]
+                for lane in self._foreground.lanes
             ]
-            for lane in self._foreground.lanes
-        ]
         weight = reduction.weight
         weights = None if weight is None else [weight] * size
         plan = self._plans[op, dtype, length] = _Plan(reduction.op, nbytes, weight, weights, shown)
