@@ -72,6 +72,7 @@ class Settings:
     single_copy: bool = _setting(
         True, _parse_flag, "let the ranks of a node read and write each other's memory"
     )
+    tune: str = _setting("", str, "file of what `mpiddl tune` measured")
     engine: str = _setting("auto", _one_of("auto", "inline", "thread"), "who drives collectives")
 
 

@@ -20,10 +20,11 @@ def test_all_settings_are_read():
             "MPIDDL_BUCKET_SIZE": "4MiB",
             "MPIDDL_CHUNK_SIZE": "64KiB",
             "MPIDDL_SINGLE_COPY": "off",
+            "MPIDDL_TUNE": "table.json",
             "MPIDDL_ENGINE": "thread",
         }
     )
-    assert settings == Settings("ring", True, 4 << 20, 64 << 10, False, "thread")
+    assert settings == Settings("ring", True, 4 << 20, 64 << 10, False, "table.json", "thread")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mpiddl.cli.arguments import check_sizes
 from mpiddl.cli.run import deferred
 from mpiddl.units import parse_sizes
 
@@ -25,15 +26,6 @@ app = typer.Typer(
     help="Time collectives on these ranks and check every result: run it under mpirun or srun.",
     no_args_is_help=True,
 )
-
-
-def _sizes(text: str) -> str:
-    try:
-        if min(parse_sizes(text)) < 1:
-            raise ValueError("sizes must be at least 1B")
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    return text
 
 
 def _writable(path: Path | None) -> Path | None:
@@ -64,7 +56,7 @@ def _one_of(table: str) -> Callable[[str], str]:
 
 
 Sizes = Annotated[
-    str, typer.Option(callback=_sizes, help="1KiB:256MiB in steps of 4, or 64KiB,1MiB,...")
+    str, typer.Option(callback=check_sizes, help="1KiB:256MiB in steps of 4, or 64KiB,1MiB,...")
 ]
 Algorithms = Annotated[str, typer.Option(help="Comma-separated, or `all`.")]
 Dtype = Annotated[str, typer.Option(callback=_one_of("dtype"), help="Of the elements.")]

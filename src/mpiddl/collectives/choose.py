@@ -23,7 +23,7 @@ from mpiddl.errors import UnsupportedBufferError
 from mpiddl.settings import ALGORITHM_NAMES
 from mpiddl.waits import Waits
 
-__all__ = ["ALGORITHMS", "Algorithm", "AllReduce", "choose"]
+__all__ = ["ALGORITHMS", "Algorithm", "AllReduce", "Chosen", "choose"]
 
 FEW_BYTES = 32 << 10
 """Up to here the number of messages counts, not their size."""
@@ -79,8 +79,25 @@ ALGORITHMS = {
 }
 
 
-def choose(name: str, dtype: torch.dtype, nbytes: int, world: World) -> Algorithm:
+@dataclass(frozen=True)
+class Chosen:
+    """An algorithm and the chunks that it works in."""
+
+    algorithm: Algorithm
+    chunk_bytes: int
+
+    def run(
+        self, buffer: Buffer, reduction: Reduction, channel: Channel, device: Device
+    ) -> Waits[None]:
+        """The collective."""
+        return self.algorithm.run(buffer, reduction, channel, device, self.chunk_bytes)
+
+
+def choose(name: str, dtype: torch.dtype, nbytes: int, world: World, lanes: bool = True) -> Chosen:
     """The algorithm called ``name``, or for ``"auto"`` the best for ``nbytes`` on these ranks.
+
+    ``lanes`` says whether there are lanes for it; without shared memory there are none.
+    ``auto`` goes by what ``mpiddl tune`` measured on ranks like these, else by rules.
 
     Raises:
         ValueError: No algorithm has that name.
@@ -88,32 +105,51 @@ def choose(name: str, dtype: torch.dtype, nbytes: int, world: World) -> Algorith
     """
     if name not in ALGORITHM_NAMES:
         raise ValueError(f"unknown algorithm {name!r}; valid are {', '.join(ALGORITHM_NAMES)}")
-    algorithm = ALGORITHMS[_rule(nbytes, world) if name == "auto" else name]
+    chunk_bytes = world.settings.chunk_size
+    lanes = (lanes and world.lane_window is not None) or world.size == 1
+    if name == "auto":
+        name, chunk_bytes = _tuned(dtype, nbytes, world, lanes) or (
+            _rule(nbytes, world, lanes),
+            chunk_bytes,
+        )
+    problem = _problem(name, dtype, world, lanes)
+    if problem is not None:
+        raise UnsupportedBufferError(problem)
+    return Chosen(ALGORITHMS[name], chunk_bytes)
+
+
+def _problem(name: str, dtype: torch.dtype, world: World, lanes: bool) -> str | None:
+    """Why an algorithm cannot reduce ``dtype`` over these ranks."""
+    algorithm = ALGORITHMS[name]
     if algorithm.one_node and world.num_nodes > 1:
-        raise UnsupportedBufferError(
-            f"algorithm {name!r} works within one node, and these ranks are on {world.num_nodes}"
-        )
-    if algorithm.lanes and world.lane_window is None and world.size > 1:
-        raise UnsupportedBufferError(
-            f"algorithm {name!r} needs shared memory, and this node has too little of it left"
-        )
+        return f"algorithm {name!r} works within one node, and these ranks are on {world.num_nodes}"
+    if algorithm.lanes and not lanes:
+        return f"algorithm {name!r} needs shared memory, and a node has too little of it left"
     if algorithm.reach and world.reach is None and world.size > 1:
-        raise UnsupportedBufferError(
+        return (
             f"algorithm {name!r} copies between the ranks of a node with process_vm_readv, which "
             "the system forbids here (or MPIDDL_SINGLE_COPY=0)"
         )
     if dtype not in algorithm.dtypes:
         listed = ", ".join(sorted(str(known) for known in algorithm.dtypes))
-        raise UnsupportedBufferError(f"algorithm {name!r} cannot reduce {dtype}, only {listed}")
-    return algorithm
+        return f"algorithm {name!r} cannot reduce {dtype}, only {listed}"
+    return None
 
 
-def _rule(nbytes: int, world: World) -> str:
+def _tuned(dtype: torch.dtype, nbytes: int, world: World, lanes: bool) -> tuple[str, int] | None:
+    """What was measured to be fastest, if it can be used for this."""
+    for choice in world.tuned:
+        if choice.up_to is None or nbytes <= choice.up_to:
+            usable = _problem(choice.algorithm, dtype, world, lanes) is None
+            return (choice.algorithm, choice.chunk_bytes) if usable else None
+    return None
+
+
+def _rule(nbytes: int, world: World, lanes: bool) -> str:
     """What is fastest where nothing was measured; the same on every rank."""
-    if world.num_nodes == 1 and world.lane_window is not None:
+    if world.num_nodes == 1 and lanes:
         return "shared"
     if nbytes <= FEW_BYTES:
         return "doubling"
     shares_nodes = world.num_nodes < world.size
-    usable = world.lane_window is not None and world.reach is not None
-    return "hierarchical" if shares_nodes and usable else "ring"
+    return "hierarchical" if shares_nodes and lanes and world.reach is not None else "ring"

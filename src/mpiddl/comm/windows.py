@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from mpiddl.comm.layout import exchange
+from mpiddl.errors import MismatchError
 from mpiddl.log import logger
 from mpiddl.units import format_bytes
 
@@ -81,9 +82,18 @@ class Windows:
     def allocate(self, nbytes: int) -> Window | None:
         """A window with a part of ``nbytes`` for each rank; None, on every rank, if some node
         has not that much shared memory. Collective over the world.
+
+        Raises:
+            MismatchError: On every rank, if ranks ask for different sizes.
         """
         part_bytes = max(1, -(-nbytes // mmap.PAGESIZE)) * mmap.PAGESIZE
-        number = self._made = self._made + 1
+        asked = exchange(self._comm, part_bytes)
+        if len(set(asked)) > 1:
+            wanted = ", ".join(f"rank {rank} {size}" for rank, size in enumerate(asked[:8]))
+            raise MismatchError(
+                f"ranks asked for shared memory of different sizes (bytes: {wanted}); every rank "
+                "must pass the same shape and dtype"
+            )
         path, problem = None, None
         if self._rank == 0:
             path, problem = _create(part_bytes * self._size)
@@ -97,6 +107,7 @@ class Windows:
         if problems or memory is None:
             self._warn(problems[0], nbytes)
             return None
+        number = self._made = self._made + 1
         self._forget_unmapped()
         start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         self._known[number] = _Mapped(start, part_bytes, weakref.ref(memory))

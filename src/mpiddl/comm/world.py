@@ -15,6 +15,7 @@ from mpiddl.comm.layout import exchange, find_layout
 from mpiddl.comm.messages import Messages, Tags
 from mpiddl.comm.native import Native
 from mpiddl.comm.reach import find_reach
+from mpiddl.comm.tuning import Choice, read_choices
 from mpiddl.comm.windows import Windows
 from mpiddl.errors import LaunchError, NotInitializedError, SettingsError
 from mpiddl.log import logger, name_rank
@@ -54,6 +55,7 @@ class World:
         native: The MPI library's own collectives.
         windows: Memory that the ranks of this node share.
         reach: The other memory of the ranks of this node; None where the system forbids it.
+        tuned: What ``mpiddl tune`` found for these ranks, from small to large sizes.
         lane_window: The window through which collectives that users start meet; None without.
     """
 
@@ -81,6 +83,8 @@ class World:
         self.windows = Windows(self._comm, self._node)
         self.lane_window = self.windows.allocate(LANE_BYTES) if self.size > 1 else None
         self.reach = find_reach(self._comm, self._node, settings.single_copy)
+        choices = read_choices(settings.tune, self.layout) if self.rank == 0 else []
+        self.tuned = [Choice(*choice) for choice in exchange(self._comm, choices)[0]]
         self.settings = settings
 
     @property

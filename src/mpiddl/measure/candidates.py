@@ -17,7 +17,7 @@ from mpiddl.errors import PeerError, UnsupportedBufferError
 from mpiddl.measure.gloo import Gloo
 from mpiddl.measure.patterns import count_wrong, fill, lengths
 
-__all__ = ["PLACEMENTS", "Buffers", "Candidate", "Case", "candidates", "names_of"]
+__all__ = ["PLACEMENTS", "Buffers", "Candidate", "Case", "InProcess", "candidates", "names_of"]
 
 PLACEMENTS = ("empty", "plain")
 """mpiddl.empty, and a tensor of torch's."""
@@ -84,7 +84,7 @@ class Buffers:
         return pair[0], pair[1]
 
 
-class _InProcess:
+class InProcess:
     """A collective that this process runs."""
 
     def __init__(self, name: str, buffers: Buffers, world: World) -> None:
@@ -96,7 +96,7 @@ class _InProcess:
 
     def prepare(self, case: Case, check: bool) -> int:
         source, target = self._buffers.views(case, self._world)
-        self._call = self._bind(case, source, target)
+        self._call = self.bind(case, source, target)
         rank, size = self._world.rank, self._world.size
         fill(source, rank, size, case.op)
         self._call()
@@ -111,12 +111,13 @@ class _InProcess:
             self._call()
         return (time.perf_counter() - started) / calls
 
-    def _bind(self, case: Case, source: torch.Tensor, target: torch.Tensor) -> Callable[[], Any]:
+    def bind(self, case: Case, source: torch.Tensor, target: torch.Tensor) -> Callable[[], Any]:
+        """What ``time`` calls."""
         raise NotImplementedError
 
 
-class _Own(_InProcess):
-    def _bind(self, case: Case, source: torch.Tensor, target: torch.Tensor) -> Callable[[], Any]:
+class _Own(InProcess):
+    def bind(self, case: Case, source: torch.Tensor, target: torch.Tensor) -> Callable[[], Any]:
         op = case.op
         if case.collective == "all-reduce":
             choose(self.name, case.dtype, source.nbytes, self._world)  # raises, if it cannot
@@ -131,8 +132,8 @@ class _Own(_InProcess):
         return lambda: mpiddl.all_to_all(target, source)
 
 
-class _Library(_InProcess):
-    def _bind(self, case: Case, source: torch.Tensor, target: torch.Tensor) -> Callable[[], Any]:
+class _Library(InProcess):
+    def bind(self, case: Case, source: torch.Tensor, target: torch.Tensor) -> Callable[[], Any]:
         dtype = str(case.dtype).removeprefix("torch.")
         adds = case.collective in ("all-reduce", "reduce-scatter")
         if adds and (dtype not in NATIVE_DTYPES or case.op not in NATIVE_OPS):

@@ -116,9 +116,9 @@ def all_reduce(
         world,
         check,
     )
-    lanes = foreground_of(world) if chosen.lanes else None
+    lanes = foreground_of(world) if chosen.algorithm.lanes else None
     channel = new_channel(world, lanes)
-    waits = chosen.run(buffer, reduction, channel, HOST, world.settings.chunk_size)
+    waits = chosen.run(buffer, reduction, channel, HOST)
     waits = scaled(
         waits,
         buffer,

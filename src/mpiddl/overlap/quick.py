@@ -8,7 +8,6 @@ generator nor a queue: these cost more than the exchange itself.
 from __future__ import annotations
 
 import ctypes
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -111,20 +110,16 @@ class Quick:
             reduction = reduction_of(op, dtype, size)
         except (ValueError, UnsupportedBufferError):
             return None
-        if chosen.run is not shared_all_reduce:
+        if chosen.algorithm.run is not shared_all_reduce:
             return None
         if len(self._plans) >= MOST_PLANS:
             self._plans.clear()
         shown = []
         if nbytes <= SMALL_BYTES:
             like = torch.empty(length, dtype=dtype, device="cpu")
-            shown = [
-                [
-                    (views, views[lane.rank].data_ptr())
-                    for views in map(partial(lane.shown, like), (0, 1))
-                ]
-                for lane in self._foreground.lanes
-            ]
+            for lane in self._foreground.lanes:
+                pair = [lane.shown(like, place) for place in (0, 1)]
+                shown.append([(views, views[lane.rank].data_ptr()) for views in pair])
         weight = reduction.weight
         weights = None if weight is None else [weight] * size
         plan = self._plans[op, dtype, length] = _Plan(reduction.op, nbytes, weight, weights, shown)

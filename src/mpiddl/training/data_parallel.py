@@ -101,14 +101,15 @@ class DataParallel(torch.nn.Module):
         planned = self.plan.buckets
         dtypes = [getattr(torch, bucket.dtype) for bucket in planned]
         lengths = [bucket.length for bucket in planned]
-        self._algorithms = [
-            choose(algorithm, dtype, length * dtype.itemsize, self.world)
-            for length, dtype in zip(lengths, dtypes, strict=True)
-        ]
         if check:
             agree_on_plan(module, self.plan, algorithm, self.world)
         broadcast_state(module, self.world)
 
+        lanes = kept_lanes(self.world, len(planned))
+        self._algorithms = [
+            choose(algorithm, dtype, length * dtype.itemsize, self.world, lanes=None not in lanes)
+            for length, dtype in zip(lengths, dtypes, strict=True)
+        ]
         buffers = [HOST.empty(*kind, self.world) for kind in zip(lengths, dtypes, strict=True)]
         self._buckets = [
             Bucket(bucket, specs, self._parameters_reduced, buffer)
@@ -116,9 +117,8 @@ class DataParallel(torch.nn.Module):
         ]
         self._nbytes = sum(bucket.buffer.nbytes for bucket in self._buckets)
         self._tags = self.world.tags.keep(len(planned))
-        ordered = any(algorithm.ordered for algorithm in self._algorithms)
+        ordered = any(chosen.algorithm.ordered for chosen in self._algorithms)
         native = self.world.bucket_native if ordered else None
-        lanes = kept_lanes(self.world, len(planned))
         self._channels = [
             Channel(self.world, tag, native, lane)
             for tag, lane in zip(self._tags, lanes, strict=True)
@@ -164,9 +164,8 @@ class DataParallel(torch.nn.Module):
         buffer = self._buckets[number].buffer
         weight = 1 / self.world.size if self._weight is None else self._weight
         reduction = Reduction("sum", None if self.world.size == 1 else weight)
-        run = self._algorithms[number].run
-        chunk_bytes = self.world.settings.chunk_size
-        waits = run(buffer, reduction, self._channels[number], HOST, chunk_bytes)
+        chosen, channel = self._algorithms[number], self._channels[number]
+        waits = chosen.run(buffer, reduction, channel, HOST)
         return self._engine.submit(waits, self.world)
 
     def _finish(self) -> None:

@@ -1,0 +1,67 @@
+"""``mpiddl tune``: measure this cluster once, so that ``auto`` need not guess."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mpiddl.cli.arguments import check_sizes
+from mpiddl.units import format_bytes, parse_sizes
+
+__all__ = ["tune"]
+
+
+def tune(
+    sizes: Annotated[
+        str, typer.Option(callback=check_sizes, help="As for `mpiddl bench`.")
+    ] = "1KiB:64MiB",
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds; the median counts.")] = 9,
+    file: Annotated[
+        Path | None, typer.Option(help="Default MPIDDL_TUNE, else in the user's cache folder.")
+    ] = None,
+) -> None:
+    """Find the fastest all-reduce for each size on these ranks, and remember it for `auto`.
+
+    Run it once with the number of hosts and ranks per host that jobs will have. The file is read
+    when a job starts, by rank 0, for all.
+    """
+    from mpiddl.comm.tuning import cluster_name, tune_file, write_choices
+    from mpiddl.comm.world import init
+    from mpiddl.errors import SettingsError
+    from mpiddl.measure.tune import choices_of
+    from mpiddl.measure.tune import tune as measured
+    from mpiddl.overlap.calls import broadcast_json
+
+    world = init()
+    speaks = world.rank == 0
+    rows = []
+    if speaks:
+        typer.echo(f"# {cluster_name(world.layout)}")
+        typer.echo(f"{'size':>8}  {'algorithm/chunk':<24}  {'time(us)':>10}  {'busbw':>7}")
+    for row in measured(world, parse_sizes(sizes), repeats):
+        rows.append(row)
+        if speaks:
+            name, _, chunk = row.algorithm.partition("/")
+            way = f"{name}/{format_bytes(int(chunk))}"
+            line = f"{way:<24}  {row.seconds * 1e6:>10.1f}  {row.busbw:>7.2f}"
+            typer.echo(f"{format_bytes(row.nbytes):>8}  {line}")
+    problem = None
+    if speaks:
+        path = file or tune_file(world.settings.tune)
+        choices = choices_of(rows)
+        for choice in choices:
+            border = "any size" if choice.up_to is None else f"up to {format_bytes(choice.up_to)}"
+            chunk = format_bytes(choice.chunk_bytes)
+            typer.echo(f"{border}: {choice.algorithm}, chunks of {chunk}")
+        today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+        try:
+            write_choices(path, cluster_name(world.layout), today, choices)
+            typer.echo(f"written to {path}")
+        except OSError as error:
+            problem = f"{path} cannot be written: {error.strerror}; pass --file"
+    problem = broadcast_json(problem)
+    if problem:
+        raise SettingsError(problem)
