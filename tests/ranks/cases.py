@@ -1,4 +1,4 @@
-"""Every collective with inputs drawn from a seed, and what must come of it, computed without MPI."""
+"""Every collective, with inputs drawn from a seed and the result they must have, without MPI."""
 
 from __future__ import annotations
 
