@@ -11,6 +11,7 @@ from cases import MOVED_ONLY, MOVES, NAMES, Case
 from delays import delayed
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import buffer_of
 
 import mpiddl
 from mpiddl.collectives.choose import ALGORITHMS
@@ -26,9 +27,12 @@ def groups(world):
     tiny = world.split(0)
     # Chunks of a few elements: several of them even in short buffers.
     tiny.settings = dataclasses.replace(world.settings, chunk_size=24)
+    far = world.split(0)
+    far.reach = None  # as where the system forbids a rank to read another's memory
     made = {
         "world": world,
         "tiny chunks": tiny,
+        "out of reach": far,
         "reversed": world.split(0, key=-world.rank),
         "halves": world.split(world.rank % 2),
         "all but the first": world.split(None if world.rank == 0 else 0),
@@ -40,7 +44,15 @@ def groups(world):
             group.close()
 
 
-GROUPS = ("world", "tiny chunks", "reversed", "halves", "all but the first", "alone")
+GROUPS = (
+    "world",
+    "tiny chunks",
+    "out of reach",
+    "reversed",
+    "halves",
+    "all but the first",
+    "alone",
+)
 
 
 @given(
@@ -121,6 +133,42 @@ def test_algorithms_whose_ranks_are_late(world, agree, groups, algorithm, seed):
             work.wait()
     problems = [case.problem() for case in cases if case.problem()]
     agree(not problems, problems)
+
+
+def memory_of(kind, world, length, dtype):
+    """In a window on every rank, on none, or on some."""
+    window = mpiddl.empty(length + 3, dtype, world=world)[3:]  # not at its start
+    private = torch.empty(length, dtype=dtype)
+    return private if kind == "private" or (kind == "mixed" and world.rank % 2) else window
+
+
+@pytest.mark.parametrize("kind", ["window", "private", "mixed"])
+@pytest.mark.parametrize("group", ["world", "out of reach", "reversed"])
+def test_shared_all_reduce_wherever_the_buffers_are(world, agree, groups, group, kind):
+    """Around the largest small buffer, one piece, and what a lane can show at once."""
+    group = groups[group]
+    with delayed(world, f"{group} {kind}"):
+        for dtype, length in [
+            (torch.int64, 2048),
+            (torch.int64, 2049),
+            (torch.float32, 5000),
+            (torch.int16, 300_000),
+            (torch.float32, 700_001),
+        ]:
+            buffers = [memory_of(kind, group, length, dtype) for _ in range(3)]
+            works = []
+            for number, buffer in enumerate(buffers):
+                buffer.copy_(buffer_of(group.rank + number, length, dtype))
+                works.append(
+                    mpiddl.all_reduce(buffer, algorithm="shared", async_=True, world=group)
+                )
+            random.Random(f"{length} {world.rank}").shuffle(works)
+            for work in works:
+                work.wait()
+            for number, buffer in enumerate(buffers):
+                ranks = range(number, number + group.size)
+                want = sum(buffer_of(rank, length, dtype) for rank in ranks)
+                agree(torch.equal(buffer, want), f"{dtype} {length}: {buffer[:5]}, not {want[:5]}")
 
 
 @pytest.mark.parametrize("name", ["all_gather", "gather", "scatter", "reduce_scatter"])
