@@ -183,3 +183,223 @@ def test_the_default_device_is_not_used_inside(world, agree):
     finally:
         torch.set_default_device("cpu")
     agree(gathered == list(range(world.size)) and total[0] == world.size)
+
+
+# The other collectives.
+
+
+def uneven(world):
+    """A length that the ranks cannot share evenly."""
+    return 2 * world.size + 1
+
+
+REFUSED = {
+    "all_gather, output too short": (
+        lambda w: mpiddl.all_gather(torch.zeros(2 * w.size), torch.ones(3)),
+        ["input has 3 elements", "2 of output"],
+    ),
+    "all_gather, uneven output": (
+        lambda w: mpiddl.all_gather(torch.zeros(uneven(w)), torch.ones(2)),
+        ["evenly", "lengths=[...]"],
+    ),
+    "all_gather, lengths for other ranks": (
+        lambda w: mpiddl.all_gather(torch.zeros(6), torch.ones(2), lengths=[2] * (w.size + 1)),
+        ["one for each rank"],
+    ),
+    "all_gather, negative length": (
+        lambda w: mpiddl.all_gather(
+            torch.zeros(2), torch.ones(2), lengths=[-1] + [2] * (w.size - 1)
+        ),
+        ["lengths=[-1"],
+    ),
+    "all_gather, lengths that do not add up": (
+        lambda w: mpiddl.all_gather(torch.zeros(2), torch.ones(3), lengths=[3] * w.size),
+        ["adds up to", "output has 2"],
+    ),
+    "all_gather, two dtypes": (
+        lambda w: mpiddl.all_gather(torch.zeros(w.size, dtype=torch.float64), torch.ones(1)),
+        ["output is float64, input float32"],
+    ),
+    "all_gather, overlap": (
+        lambda w: (lambda whole: mpiddl.all_gather(whole[: 2 * w.size], whole[1:3]))(
+            torch.zeros(2 * w.size + 2)
+        ),
+        ["overlap", "copy of the input"],
+    ),
+    "reduce_scatter, another segment": (
+        lambda w: mpiddl.reduce_scatter(torch.zeros(7), torch.ones(2 * w.size)),
+        ["output has 7", "segment of"],
+    ),
+    "reduce_scatter, mean of integers": (
+        lambda w: mpiddl.reduce_scatter(
+            torch.zeros(1, dtype=torch.int32), torch.ones(w.size, dtype=torch.int32), "mean"
+        ),
+        ["mean", "op='sum'"],
+    ),
+    "reduce_scatter, bool": (
+        lambda w: mpiddl.reduce_scatter(
+            torch.zeros(1, dtype=torch.bool), torch.zeros(w.size, dtype=torch.bool)
+        ),
+        ["bool", "uint8"],
+    ),
+    "reduce, no such rank": (lambda w: mpiddl.reduce(torch.ones(2), root=w.size), ["no rank"]),
+    "reduce, no such op": (lambda w: mpiddl.reduce(torch.ones(2), "avg"), ["sum, mean"]),
+    "gather, no output": (
+        lambda w: mpiddl.gather(None, torch.ones(2), root=w.rank),
+        ["root", "must pass output, not None"],
+    ),
+    "gather, no such rank": (
+        lambda w: mpiddl.gather(None, torch.ones(2), root=-1),
+        ["root -1", "no rank"],
+    ),
+    "scatter, no input": (
+        lambda w: mpiddl.scatter(torch.ones(2), None, root=w.rank),
+        ["must pass input, not None"],
+    ),
+    "scatter, wrong part": (
+        lambda w: mpiddl.scatter(torch.ones(3), torch.ones(2 * w.size), root=w.rank),
+        ["output has 3 elements", "2 of input"],
+    ),
+    "all_to_all, overlap": (
+        lambda w: (lambda whole: mpiddl.all_to_all(whole, whole))(torch.ones(w.size)),
+        ["overlap"],
+    ),
+    "all_to_all, own part": (
+        lambda w: mpiddl.all_to_all(
+            torch.zeros(2 * w.size),
+            torch.zeros(w.size),
+            output_lengths=[2] * w.size,
+            input_lengths=[1] * w.size,
+        ),
+        ["input has 1", "2 of output"],
+    ),
+    "all_to_all, uneven": (
+        lambda w: mpiddl.all_to_all(torch.zeros(uneven(w)), torch.zeros(uneven(w))),
+        ["input_lengths=[...]"],
+    ),
+    "send to oneself": (lambda w: mpiddl.send(torch.ones(1), w.rank), ["another rank"]),
+    "receive from no rank": (lambda w: mpiddl.recv(torch.ones(1), w.size), ["another rank"]),
+    "scaled integers": (
+        lambda w: mpiddl.all_reduce(torch.ones(2, dtype=torch.int64), pre_scale=0.5),
+        ["int64", "pre_scale and post_scale"],
+    ),
+    "a conjugated view": (
+        lambda w: mpiddl.broadcast(torch.ones(2, dtype=torch.complex64).conj()),
+        ["resolve_conj"],
+    ),
+    "a negated view": (
+        lambda w: mpiddl.all_reduce(torch.ones(1, dtype=torch.complex64).conj().imag),
+        ["resolve_neg"],
+    ),
+    "a reversed array": (
+        lambda w: mpiddl.all_reduce(numpy.ones(1)[::-1]),
+        ["non-contiguous", "ascontiguousarray"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_the_other_collectives_refuse(world, agree, case):
+    if world.size == 1 and case in ("all_gather, uneven output", "all_to_all, uneven"):
+        pytest.skip("one rank shares everything evenly")
+    call, words = REFUSED[case]
+    refused(agree, ValueError, words, lambda: call(world))
+    if case not in ("send to oneself", "receive from no rank"):
+        mpiddl.barrier()  # nothing was started
+
+
+def test_user_tags_out_of_range(world, agree):
+    if world.size == 1:
+        pytest.skip("nobody to talk to")
+    peer = (world.rank + 1) % world.size
+    for tag in (-1, 256):
+        refused(
+            agree, ValueError, [str(tag)], lambda tag=tag: mpiddl.send(torch.ones(1), peer, tag)
+        )
+
+
+def test_a_message_of_another_length_or_dtype(world, agree):
+    if world.size == 1:
+        pytest.skip("nobody to talk to")
+    right, left = (world.rank + 1) % world.size, (world.rank - 1) % world.size
+    with world.split(0) as group:  # its messages are lost with it
+        sent = torch.ones(4)
+        work = mpiddl.send(sent, right, async_=True, world=group)
+        words = [f"rank {left} sent float32[4]", "receives float64[4]", "by tag"]
+        target = torch.zeros(4, dtype=torch.float64)
+        refused(agree, MismatchError, words, lambda: mpiddl.recv(target, left, world=group))
+        work.wait()
+
+
+def test_an_inference_tensor_outside_inference_mode(world, agree):
+    with torch.inference_mode():
+        tensor = torch.ones(3)
+    words = ["inference_mode()", "clone()"]
+    refused(agree, UnsupportedBufferError, words, lambda: mpiddl.all_reduce(tensor))
+    mpiddl.broadcast(tensor)  # moves bytes only
+    with torch.inference_mode():
+        mpiddl.all_reduce(tensor)
+    agree(tensor.tolist() == [world.size] * 3, tensor)
+
+
+def on_one(world, usual, odd):
+    """``odd`` on the last rank."""
+    return odd if world.rank == world.size - 1 else usual
+
+
+MISMATCHES = {
+    "reduce to two roots": lambda w: mpiddl.reduce(torch.ones(3), root=on_one(w, 0, 1), check=True),
+    "reduce_scatter of two ops": lambda w: mpiddl.reduce_scatter(
+        torch.ones(1), torch.ones(w.size), on_one(w, "sum", "max"), check=True
+    ),
+    "all_gather of two lengths": lambda w: mpiddl.all_gather(
+        torch.ones(on_one(w, 3, 4) * w.size), torch.ones(on_one(w, 3, 4)), check=True
+    ),
+    "gather of two dtypes": lambda w: mpiddl.gather(
+        torch.ones(3 * w.size, dtype=on_one(w, torch.float32, torch.int32)),
+        torch.ones(3, dtype=on_one(w, torch.float32, torch.int32)),
+        check=True,
+    ),
+    "gather and scatter": lambda w: on_one(w, mpiddl.gather, mpiddl.scatter)(
+        torch.ones(on_one(w, 3 * w.size, 3)), torch.ones(on_one(w, 3, 3 * w.size)), check=True
+    ),
+    "other lists of lengths": lambda w: mpiddl.all_gather(
+        torch.ones(w.size + 1),
+        torch.ones(1),
+        lengths=on_one(w, [2] + [1] * (w.size - 1), [1] * (w.size - 1) + [2]),
+        check=True,
+    ),
+    "barrier and broadcast": lambda w: on_one(
+        w, mpiddl.barrier, lambda **rest: mpiddl.broadcast(torch.ones(2), **rest)
+    )(check=True),
+    "scaled here only": lambda w: mpiddl.all_reduce(
+        torch.ones(2), pre_scale=on_one(w, None, 0.5), check=True
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MISMATCHES)
+def test_check_compares_every_collective(world, agree, case):
+    if world.size == 1:
+        pytest.skip("one rank cannot disagree")
+    refused(agree, ValueError, ["rank"], lambda: MISMATCHES[case](world))
+    mpiddl.barrier()
+
+
+def test_check_finds_a_rank_that_sends_more_than_is_expected(world, agree):
+    if world.size == 1:
+        pytest.skip("one rank cannot disagree")
+    lengths = [1] * world.size
+    outgoing = [on_one(world, 1, 5), *lengths[1:]]  # the last rank sends 5 to rank 0
+    words = [f"rank {world.size - 1} sends 5 elements to rank 0, which expects 1"]
+
+    def call():
+        mpiddl.all_to_all(
+            torch.zeros(world.size),
+            torch.zeros(sum(outgoing)),
+            output_lengths=lengths,
+            input_lengths=outgoing,
+            check=True,
+        )
+
+    refused(agree, MismatchError, words, call)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections import deque
+from itertools import islice
+
 from mpiddl.collectives.channel import Channel
 from mpiddl.devices.base import Buffer
 from mpiddl.segments import chunked
 from mpiddl.waits import AllOf, Wait, Waits
 
 __all__ = ["broadcast", "tree"]
+
+DEPTH = 16
+"""Chunks under way on each link of the tree."""
 
 
 def tree(rank: int, size: int, root: int) -> tuple[int | None, list[int]]:
@@ -24,14 +30,23 @@ def tree(rank: int, size: int, root: int) -> tuple[int | None, list[int]]:
 
 
 def broadcast(buffer: Buffer, root: int, channel: Channel, chunk_bytes: int) -> Waits[None]:
-    """Copy ``buffer`` of rank ``root`` to all ranks. Every rank passes the same length."""
+    """Copy ``buffer`` of rank ``root`` to all ranks. Every rank passes the same length.
+
+    No scratch; up to DEPTH chunks are under way on each link. Waits go from parent to child for
+    chunks and from child to parent for room, but for room only DEPTH chunks back: no circle.
+    """
     parent, children = tree(channel.rank, channel.size, root)
     chunk = max(1, chunk_bytes // buffer.itemsize)
     pieces = [buffer[part] for part in chunked(slice(0, len(buffer)), chunk)]
-    arriving = [channel.receive(piece, parent) for piece in pieces] if parent is not None else []
-    sends: list[Wait] = []
-    for number, piece in enumerate(pieces):
-        if arriving:
-            yield arriving[number]
-        sends += [channel.send(piece, child) for child in children]
+    arriving: deque[Wait] = deque()
+    sends: deque[Wait] = deque()
+    ahead = iter(pieces)
+    for piece in pieces:
+        if parent is not None:
+            for later in islice(ahead, DEPTH - len(arriving)):
+                arriving.append(channel.receive(later, parent))
+            yield arriving.popleft()
+        if len(sends) == DEPTH:
+            yield sends.popleft()
+        sends.append(AllOf([channel.send(piece, child) for child in children]))
     yield AllOf(sends)

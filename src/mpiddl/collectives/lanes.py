@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from weakref import WeakKeyDictionary
-
 from mpiddl.collectives.lane import LINE, Lane, Place
 from mpiddl.comm.windows import Window, make_fence
 from mpiddl.comm.world import World
@@ -35,7 +33,7 @@ class Foreground:
         return self.next() if self.lanes[self._next].idle else None
 
 
-_foreground: WeakKeyDictionary[World, Foreground] = WeakKeyDictionary()
+_foreground: dict[World, Foreground] = {}  # until the world closes: lanes refer to it
 
 
 def foreground_of(world: World) -> Foreground | None:
@@ -44,7 +42,12 @@ def foreground_of(world: World) -> Foreground | None:
     if lanes is None and world.lane_window is not None:
         lanes = Foreground(_cut(world, world.lane_window, Foreground.COUNT))
         _foreground[world] = lanes
+        world.at_close(_forget)
     return lanes
+
+
+def _forget(world: World) -> None:
+    _foreground.pop(world, None)
 
 
 def kept_lanes(world: World, count: int) -> list[Lane] | list[None]:

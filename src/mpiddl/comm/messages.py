@@ -69,6 +69,9 @@ class Tags:
 
     Collectives that users start take short-lived tags in turn; a gradient bucket keeps its own;
     the last ones are those that users name in send and recv. The standard grants tags up to 32767.
+
+    Attributes:
+        last: The last tag that ``foreground`` returned.
     """
 
     FOREGROUND = 8192
@@ -76,14 +79,13 @@ class Tags:
     LARGEST = 32767
 
     def __init__(self) -> None:
-        self._next_foreground = 0
+        self.last = -1
         self._free = list(range(self.FOREGROUND, self.LARGEST + 1 - self.USER))
 
     def foreground(self) -> int:
         """A tag for one collective. It is used again after 8,192 others."""
-        tag = self._next_foreground
-        self._next_foreground = (tag + 1) % self.FOREGROUND
-        return tag
+        self.last = (self.last + 1) % self.FOREGROUND
+        return self.last
 
     def of_user(self, tag: int) -> int:
         """The tag of a user's message ``tag``.

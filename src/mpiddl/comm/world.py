@@ -167,6 +167,7 @@ class World:
         for action in self._at_close:
             action(self)
         self._closed = True
+        self.lane_window = None
         self._node.Free()
         self._comm.Free()
         self.native.free()

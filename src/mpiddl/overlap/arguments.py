@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import numpy
 import torch
@@ -32,6 +33,7 @@ __all__ = [
     "describe_buffer",
     "describe_dtype",
     "flat",
+    "launch",
     "new_channel",
     "parts_of",
     "run",
@@ -43,9 +45,22 @@ T = TypeVar("T")
 TensorOrArray = TypeVar("TensorOrArray", torch.Tensor, numpy.ndarray[Any, Any])
 
 
+_async_works: WeakKeyDictionary[World, WeakValueDictionary[int, Work]] = WeakKeyDictionary()
+"""By tag; works that are complete, and that nobody keeps, are gone."""
+
+
 def new_channel(world: World, lanes: Foreground | None = None) -> Channel:
-    """The messages of one collective, which every rank starts as its next, and its lane."""
-    return Channel(world, world.tags.foreground(), lane=lanes.next() if lanes else None)
+    """The messages of one collective, which every rank starts as its next, and its lane.
+
+    Tags are used again. What still runs on this rank with the same tag is completed first, or
+    its messages would be taken for the new one's.
+    """
+    tag = world.tags.foreground()
+    works = _async_works.get(world)
+    earlier = works.get(tag) if works else None
+    if earlier is not None and not earlier.complete:
+        engine_of(world).drive([earlier])
+    return Channel(world, tag, lane=lanes.next() if lanes else None)
 
 
 def run(world: World, waits: Waits[Any]) -> Any:
@@ -53,7 +68,7 @@ def run(world: World, waits: Waits[Any]) -> Any:
     return engine_of(world).run(waits, world)
 
 
-def start(waits: Waits[Any], world: World, result: T, async_: bool) -> T | Work:
+def launch(waits: Waits[Any], world: World, result: T, async_: bool) -> T | Work:
     """A ``Work`` that returns ``result``, or, once it is complete, ``result``."""
     if async_:
         return engine_of(world).submit(waits, world, result=result)
@@ -61,12 +76,21 @@ def start(waits: Waits[Any], world: World, result: T, async_: bool) -> T | Work:
     return result
 
 
+def start(waits: Waits[Any], world: World, result: T, async_: bool) -> T | Work:
+    """As ``launch``, for a collective on the channel that was made last."""
+    started = launch(waits, world, result, async_)
+    if isinstance(started, Work):
+        _async_works.setdefault(world, WeakValueDictionary())[world.tags.last] = started
+    return started
+
+
 def flat(tensor: Any, any_dtype: bool = False) -> Buffer:
     """The memory of a user's tensor or array as a 1-D tensor, or an error that says what to do."""
     if isinstance(tensor, numpy.ndarray):
         if not tensor.flags.writeable:
             raise UnsupportedBufferError("a read-only array; pass array.copy()")
-        if not tensor.flags.c_contiguous:
+        # numpy calls one element contiguous whatever its stride, torch takes no negative one.
+        if not tensor.flags.c_contiguous or min(tensor.strides, default=0) < 0:
             raise UnsupportedBufferError(
                 f"a non-contiguous array (shape {tensor.shape}, strides {tensor.strides}); pass "
                 "numpy.ascontiguousarray(array) and copy the result back"
@@ -88,6 +112,16 @@ def flat(tensor: Any, any_dtype: bool = False) -> Buffer:
         raise UnsupportedBufferError(
             f"a non-contiguous tensor (shape {tuple(tensor.shape)}, strides {tensor.stride()}); "
             "pass tensor.contiguous() and copy the result back"
+        )
+    if tensor.is_conj() or tensor.is_neg():  # a mark: the memory holds other values
+        raise UnsupportedBufferError(
+            "a conjugated or negated view; pass tensor.resolve_conj().resolve_neg() and copy the "
+            "result back"
+        )
+    if not any_dtype and tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise UnsupportedBufferError(
+            "an inference tensor outside torch.inference_mode(); call inside it, or pass "
+            "tensor.clone() and copy the result back"
         )
     if not any_dtype and tensor.dtype not in DTYPES:
         raise UnsupportedBufferError(_bad_dtype(tensor.dtype))

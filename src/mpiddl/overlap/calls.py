@@ -69,8 +69,8 @@ def all_reduce(
     Args:
         tensor: A contiguous CPU tensor or numpy array; the same shape and dtype on every rank.
         op: ``sum``, ``mean`` (of floats), ``min``, ``max`` or ``prod``. NaN spreads.
-        algorithm: ``auto``, ``ring``, ``doubling``, ``direct``, ``library`` or ``reference``;
-            default MPIDDL_ALGORITHM, else ``auto``.
+        algorithm: ``auto``, ``shared``, ``hierarchical``, ``ring``, ``direct``, ``doubling``,
+            ``library`` or ``reference``; default MPIDDL_ALGORITHM, else ``auto``.
         pre_scale: What this rank's floats are multiplied by before they are reduced; on every
             rank or on none, but each may have its own. In sums it costs no extra pass.
         post_scale: What the result is multiplied by, the same on every rank.
@@ -177,11 +177,24 @@ def broadcast(
     return start(waits, world, tensor, async_)
 
 
-def barrier(*, world: World | None = None) -> None:
-    """Return once every rank has called it."""
+@overload
+def barrier(
+    *, async_: Literal[False] = ..., world: World | None = ..., check: bool | None = ...
+) -> None: ...
+@overload
+def barrier(
+    *, async_: Literal[True], world: World | None = ..., check: bool | None = ...
+) -> Work: ...
+def barrier(
+    *, async_: bool = False, world: World | None = None, check: bool | None = None
+) -> Work | None:
+    """Return once every rank has called it; with ``async_`` a ``Work`` that is complete then.
+
+    Says nothing of messages and async works that are still in flight.
+    """
     world = world or current_world()
-    check_call(lambda: "barrier()", None, world)
-    run(world, barriers.barrier(new_channel(world)))
+    check_call(lambda: "barrier()", None, world, check)
+    return start(barriers.barrier(new_channel(world)), world, None, async_)
 
 
 def broadcast_json(value: Any, root: int = 0, *, world: World | None = None) -> Any:

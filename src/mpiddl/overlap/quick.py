@@ -69,6 +69,7 @@ class Quick:
             or not tensor.is_cpu
             or tensor.requires_grad
             or tensor.is_inference()
+            or tensor.is_neg()
         ):
             return False
         key = (op, tensor.dtype, tensor.numel())

@@ -1,0 +1,178 @@
+"""Signals, forks, and what is left behind after thousands of collectives."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import random
+import signal
+import types
+from pathlib import Path
+
+import numpy
+import psutil
+import pytest
+import torch
+from cases import NAMES, Case
+
+import mpiddl
+from mpiddl.comm.messages import RequestWait
+from mpiddl.overlap.engine import engine_of
+from mpiddl.overlap.work import Work
+
+
+@contextlib.contextmanager
+def signals_every(seconds):
+    """Counts the alarms that interrupt this process."""
+    seen = []
+    before = signal.signal(signal.SIGALRM, lambda *_: seen.append(1))
+    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
+    try:
+        yield seen
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_signals_during_collectives(world, agree):
+    """Handlers run in the middle of them, also in their system calls, and nothing goes wrong."""
+    problems, rounds, enough = [], 0, False
+    with signals_every(0.001) as seen:
+        while not enough:
+            for name in NAMES:
+                case = Case(name, world, rounds, torch.float32, length=100_000)
+                result = case.start(async_=bool(rounds % 2))
+                if rounds % 2:
+                    result.wait()
+                problems += [case.problem()] if case.problem() else []
+            rounds += 1
+            # Every rank leaves in the same round.
+            least = mpiddl.all_reduce(torch.tensor(min(len(seen), 50)), "min")
+            enough = int(least) >= 50
+    agree(not problems, problems[:3])
+
+
+def test_a_signal_reaches_its_handler_while_a_collective_waits(world, agree):
+    """Rank 0 waits for the others, who wait for its handler to have run."""
+    flag = torch.zeros(1)
+    sent = []
+
+    def handler(*_):
+        sent.append(os.getpid())
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        work = mpiddl.broadcast(flag, async_=True)
+        if world.rank == 0:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        work.wait()
+        mpiddl.barrier()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    agree(len(sent) == (world.rank == 0), sent)
+
+
+def test_a_fork_while_a_collective_is_in_flight(world, agree):
+    """The child leaves at once, as those of subprocess do; the parent goes on."""
+    cases = [
+        Case("all_reduce", world, number, torch.float32, length=200_000) for number in range(4)
+    ]
+    algorithms = ["ring", "auto", "direct", "doubling"]
+    works = [
+        case.start(algorithm=algorithm, async_=True)
+        for case, algorithm in zip(cases, algorithms, strict=True)
+    ]
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    more = Case("all_to_all", world, 9, torch.int64, length=1000)
+    more.start()
+    for work in works:
+        work.wait()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    agree(status == 0, f"the child ended with {status}")
+    problems = [case.problem() for case in [*cases, more] if case.problem()]
+    agree(not problems, problems)
+
+
+def mixed(world, group, count, seed):
+    """``count`` collectives of all kinds, blocking and in flight."""
+    drawn, works, problem = random.Random(seed), [], ""
+    for number in range(count):
+        name, where = drawn.choice(NAMES), drawn.choice([world, group])
+        length = drawn.choice([0, 1, 10, 300])
+        case = Case(name, where, number, torch.float32, length=length)
+        rest = {}
+        if name == "all_reduce":
+            rest["algorithm"] = drawn.choice(["auto", "ring", "direct", "doubling", "library"])
+        if drawn.random() < 0.2:
+            case.start(**rest)
+            problem = problem or case.problem()
+        else:
+            works.append(case.start(async_=True, **rest))
+        if len(works) == 40:
+            drawn.shuffle(works)
+            for work in works:
+                work.wait()
+            works.clear()
+    for work in works:
+        work.wait()
+    return problem
+
+
+def kept():
+    """What this process has that a collective could leave behind."""
+    gc.collect()
+    # Not isinstance(): that asks some objects for more than their type.
+    kinds = [type(thing) for thing in gc.get_objects()]
+    return {
+        "generators": kinds.count(types.GeneratorType),
+        "works": kinds.count(Work),
+        "requests": kinds.count(RequestWait),
+        "open files": len(os.listdir("/proc/self/fd")),
+        "mapped windows": Path("/proc/self/maps").read_text().count("mpiddl-"),
+    }
+
+
+def test_five_thousand_collectives_leave_nothing(world, agree):
+    with world.split(0, key=-world.rank) as group:
+        warm_up = mixed(world, group, 500, 1)  # scratch, views and plans that are kept
+        before, bytes_before = kept(), psutil.Process().memory_info().rss
+        problem = mixed(world, group, 5000, 2)
+        after, grown = kept(), psutil.Process().memory_info().rss - bytes_before
+
+    agree(not problem and not warm_up, problem or warm_up)
+    agree(not engine_of(world)._in_flight, "works are in flight")
+    agree(after == before, f"{before} before, {after} after")
+    agree(grown < 8 << 20, f"{grown / 5000:.0f} bytes for each collective")
+
+
+def test_groups_that_reduced_leave_no_shared_memory(world, agree):
+    """Each has lanes of some MiB, which go when it closes."""
+
+    def come_and_go(count):
+        for _ in range(count):
+            with world.split(0) as group:
+                mpiddl.all_reduce(torch.ones(3), world=group)
+                mpiddl.all_reduce(torch.ones(3), algorithm="ring", async_=True, world=group).wait()
+
+    come_and_go(2)
+    before = kept()
+    come_and_go(10)
+    agree(kept() == before, f"{before} before, {kept()} after")
+
+
+@pytest.mark.parametrize("thing", [torch.ones(50_000), numpy.ones(50_000, numpy.float32)])
+def test_a_work_keeps_what_it_works_on(world, agree, thing):
+    """The caller may drop both buffer and work: the collective goes on without them."""
+    buffer = thing.copy() if isinstance(thing, numpy.ndarray) else thing.clone()
+    mpiddl.all_reduce(buffer, algorithm="ring", async_=True)
+    del buffer
+    gc.collect()
+    clobber = [torch.full((50_000,), -1.0) for _ in range(8)]
+    mpiddl.barrier()
+    while engine_of(world)._in_flight:
+        engine_of(world).poll()
+    agree(all(bool((other == -1).all()) for other in clobber), "somebody else's memory was written")

@@ -1,0 +1,71 @@
+"""More elements than a 32-bit count can say: MPI's own counts end there."""
+
+from __future__ import annotations
+
+import mmap
+
+import psutil
+import pytest
+import torch
+
+import mpiddl
+
+LENGTH = (1 << 31) + 3
+MARKS = {0: 1, (1 << 30) - 1: 2, 1 << 30: 3, (1 << 31) - 1: 4, 1 << 31: 5, LENGTH - 1: 6}
+"""Values by place: around the ends of messages, of 32-bit counts, and of the buffer."""
+
+
+@pytest.fixture(autouse=True)
+def enough_memory(world):
+    if world.size != 2:
+        pytest.skip("two ranks are enough")
+    free = min(mpiddl.gather_json(psutil.virtual_memory().available))
+    if free < 5 * LENGTH:
+        pytest.skip(f"needs {5 * LENGTH >> 30} GiB of free memory, there are {free >> 30}")
+
+
+def zeros():
+    """Bytes that take no memory before they are written."""
+    return torch.frombuffer(mmap.mmap(-1, LENGTH), dtype=torch.uint8)
+
+
+def marked():
+    buffer = zeros()
+    for place, value in MARKS.items():
+        buffer[place] = value
+    return buffer
+
+
+def problem(buffer, factor=1):
+    """What differs: looked for around the marks and in one byte of every page."""
+    for place, value in MARKS.items():
+        around = range(max(0, place - 3), min(LENGTH, place + 4))
+        got, want = (
+            [int(buffer[at]) for at in around],
+            [factor * MARKS.get(at, 0) for at in around],
+        )
+        if got != want:
+            return f"{got} around {place}, not {want} ({value})"
+    strays = int(buffer[9 :: mmap.PAGESIZE].count_nonzero())
+    return f"{strays} strays" if strays else ""
+
+
+def test_send_more_elements_than_2_to_the_31(world, agree):
+    """The sender only reads: its zeros stay unwritten."""
+    if world.rank == 0:
+        mpiddl.send(marked(), 1)
+        found = ""
+    else:
+        buffer = zeros()
+        mpiddl.recv(buffer, 0)
+        found = problem(buffer)
+    agree(not found, found)
+
+
+def test_reduce_more_elements_than_2_to_the_31(world, agree):
+    buffer = marked()
+
+    mpiddl.all_reduce(buffer)
+
+    found = problem(buffer, factor=2)
+    agree(not found, found)
