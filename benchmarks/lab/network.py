@@ -1,0 +1,136 @@
+"""Hosts: namespaces joined by a bridge. Links: a token bucket at each end.
+
+           host1                 the lab                  host2
+    10.77.0.1 eth0 --- port1 [ bridge switch ] port2 --- eth0 10.77.0.2
+
+What a host sends is shaped at its eth0, what it receives at its port of the bridge.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Host", "Links", "NetworkError", "make_hosts"]
+
+NETWORK = "10.77.0"
+LEAST_BURST = 128 << 10
+BURST_SECONDS = 1e-3
+UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
+
+# Says when it is done, and keeps the namespaces alive. The lab's end kills it.
+HOLD = """
+hostname "$1" && mount -t tmpfs lab /dev/shm && mount --bind "$2" /etc/hosts || exit
+echo ready
+exec sleep infinity
+"""
+
+
+class NetworkError(Exception):
+    """A command of the set-up failed."""
+
+
+@dataclass(frozen=True)
+class Links:
+    """All links of a lab, both directions: ``rate`` as tc writes it, ``loss`` in percent."""
+
+    rate: str
+    delay: str
+    loss: float
+
+    @property
+    def burst(self) -> int:
+        """Bytes that may go out at once: what the line sends between two ticks of the kernel."""
+        bits = float(self.rate[:-4]) * UNITS[self.rate[-4:]]
+        return max(LEAST_BURST, int(bits / 8 * BURST_SECONDS))
+
+    @property
+    def is_plain(self) -> bool:
+        """Neither delayed nor lossy."""
+        return float(self.delay.rstrip("mus")) == 0 and self.loss == 0
+
+
+@dataclass(frozen=True)
+class Host:
+    """A host of the lab; ``process`` holds its namespaces."""
+
+    name: str
+    address: str
+    process: int
+
+    def command(self, *arguments: str) -> list[str]:
+        """``arguments`` as a command that runs on this host."""
+        namespaces = ["--net", "--uts", "--ipc", "--mount", "--wd"]
+        return ["nsenter", "--target", str(self.process), *namespaces, "--", *arguments]
+
+
+def make_hosts(number: int, links: Links, scratch: Path) -> list[Host]:
+    """``number`` hosts on one bridge in the caller's network namespace.
+
+    Args:
+        number: How many, 1 to 254.
+        links: What joins them.
+        scratch: An empty directory for their files.
+    """
+    names = {f"{NETWORK}.{index}": f"host{index}" for index in range(1, number + 1)}
+    table = scratch / "hosts"
+    lines = [f"{address} {name}\n" for address, name in names.items()]
+    table.write_text("127.0.0.1 localhost\n" + "".join(lines))
+    _run("ip", "link", "set", "lo", "up")
+    _run("ip", "link", "add", "switch", "type", "bridge")
+    _run("ip", "link", "set", "switch", "up")
+    hosts = []
+    for address, name in names.items():
+        hosts.append(Host(name, address, _hold(name, table)))
+        _connect(hosts[-1], f"port{len(hosts)}", links)
+    return hosts
+
+
+def _hold(name: str, table: Path) -> int:
+    """Number of a process that holds a new host's namespaces."""
+    namespaces = ["unshare", "--net", "--uts", "--ipc", "--mount"]
+    holder = subprocess.Popen(
+        [*namespaces, "sh", "-c", HOLD, "hold", name, str(table)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    if not holder.stdout or holder.stdout.readline() != "ready\n":
+        raise NetworkError("namespaces are not permitted here")
+    return holder.pid
+
+
+def _connect(host: Host, port: str, links: Links) -> None:
+    peer = ["peer", "name", "eth0", "netns", str(host.process)]
+    _run("ip", "link", "add", port, "type", "veth", *peer)
+    _run("ip", "link", "set", port, "master", "switch", "up")
+    _run(*host.command("ip", "address", "add", f"{host.address}/24", "dev", "eth0"))
+    _run(*host.command("ip", "link", "set", "lo", "up"))
+    _run(*host.command("ip", "link", "set", "eth0", "up"))
+    _shape([], port, links)
+    _shape(host.command(), "eth0", links)
+    if not links.is_plain:
+        _disturb(host.command(), "eth0", links)
+
+
+def _shape(where: Sequence[str], device: str, links: Links) -> None:
+    bucket = ["rate", links.rate, "burst", str(links.burst), "latency", "100ms"]
+    _run(*where, "tc", "qdisc", "add", "dev", device, "root", "handle", "1:", "tbf", *bucket)
+
+
+def _disturb(where: Sequence[str], device: str, links: Links) -> None:
+    # What waits out a long delay must fit, or the queue loses packets that nobody asked it to.
+    disturbance = ["delay", links.delay, "loss", f"{links.loss}%", "limit", "100000"]
+    command = ["tc", "qdisc", "add", "dev", device, "parent", "1:1", "netem", *disturbance]
+    try:
+        _run(*where, *command)
+    except NetworkError as error:
+        hint = "--delay and --loss need the kernel's sch_netem"
+        raise NetworkError(f"{error}; {hint}") from error
+
+
+def _run(*command: str) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise NetworkError(f"`{' '.join(command)}`: {result.stderr.strip()}")
