@@ -23,7 +23,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -71,6 +70,12 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--hosts", type=_whole(MOST_HOSTS), default=2)
     parser.add_argument("--ranks-per-host", type=_whole(64), default=1)
+    parser.add_argument(
+        "--placement",
+        choices=("block", "cyclic"),
+        default="block",
+        help="ranks host after host, or in turn over the hosts, the worst way for a ring",
+    )
     parser.add_argument(
         "--rate", type=_matching(RATE, "200mbit or 1gbit"), default="1gbit", help="each way"
     )
@@ -139,10 +144,7 @@ def main(arguments: Sequence[str]) -> int:
     options = _options(arguments)
     _refuse_unsuitable_machines()
     links = Links(options.rate, options.delay, options.loss)
-    # A directory for the launcher's sockets: process numbers start from 1 in every lab, so in
-    # /tmp two labs would take each other's.
-    with tempfile.TemporaryDirectory(prefix="lab-") as scratch:
-        return _run({**vars(options), "links": asdict(links), "scratch": scratch})
+    return _run({**vars(options), "links": asdict(links)})
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from network import Host, Links, NetworkError, make_hosts
+from network import TMPDIR, Host, Links, NetworkError, make_hosts
 
 HERE = Path(__file__).parent
 MPIRUN = HERE.parents[1] / "tools" / "mpirun"
@@ -24,7 +24,10 @@ def _launch(plan: dict[str, Any], hosts: list[Host]) -> int:
         **os.environ,
         "LAB_HOSTS": json.dumps(table),
         "MPI": plan["mpi"],
-        "TMPDIR": plan["scratch"],
+        # For the launchers' own files: process numbers start from 1 in every lab, so in /tmp two
+        # labs would take each other's, and killed launchers would leave theirs behind.
+        "TMPDIR": str(TMPDIR),
+        "HYDRA_TOPOLIB": "none",  # whose file would be in /tmp whatever TMPDIR says
     }
     arguments = _open_mpi(plan, hosts) if plan["mpi"] == "openmpi" else _hydra(plan, hosts)
     command = hosts[0].command(str(MPIRUN), *arguments, *plan["command"])
@@ -35,14 +38,14 @@ def _open_mpi(plan: dict[str, Any], hosts: list[Host]) -> list[str]:
     ranks = plan["ranks_per_host"]
     settings = ["--prtemca", "plm_ssh_agent", AGENT, "--prtemca", "plm_ssh_no_tree_spawn", "1"]
     places = ",".join(f"{host.name}:{ranks}" for host in hosts)
-    # Ranks host after host, as batch systems place them.
-    spread = ["--host", places, "--map-by", f"ppr:{ranks}:node", "-n", str(ranks * len(hosts))]
-    return [*settings, *spread]
+    order = "node" if plan["placement"] == "cyclic" else f"ppr:{ranks}:node"
+    return [*settings, "--host", places, "--map-by", order, "-n", str(ranks * len(hosts))]
 
 
 def _hydra(plan: dict[str, Any], hosts: list[Host]) -> list[str]:
     ranks = plan["ranks_per_host"]
-    places = ["-hosts", ",".join(host.name for host in hosts), "-ppn", str(ranks)]
+    in_a_row = 1 if plan["placement"] == "cyclic" else ranks
+    places = ["-hosts", ",".join(host.name for host in hosts), "-ppn", str(in_a_row)]
     return ["-launcher", "ssh", "-launcher-exec", AGENT, *places, "-n", str(ranks * len(hosts))]
 
 
@@ -66,7 +69,7 @@ def _measure_tcp(plan: dict[str, Any], hosts: list[Host]) -> int:
 def main() -> int:
     plan = json.loads(sys.argv[1])
     try:
-        hosts = make_hosts(plan["hosts"], Links(**plan["links"]), Path(plan["scratch"]))
+        hosts = make_hosts(plan["hosts"], Links(**plan["links"]))
     except NetworkError as error:
         print(f"lab: {error}", file=sys.stderr)
         return 2

@@ -13,17 +13,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Host", "Links", "NetworkError", "make_hosts"]
+__all__ = ["TMPDIR", "Host", "Links", "NetworkError", "make_hosts"]
 
 NETWORK = "10.77.0"
 LEAST_BURST = 128 << 10
 BURST_SECONDS = 1e-3
 UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 
+# Of the lab's own, then of each host's own: nothing in it outlives them.
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
+TMPDIR = SHARED_MEMORY / "tmp"
+
 # Says when it is done, and keeps the namespaces alive. The lab's end kills it.
-HOLD = """
-hostname "$1" && mount -t tmpfs lab /dev/shm && mount --bind "$2" /etc/hosts || exit
-echo ready
+HOLD = f"""
+hostname "$1" && mount --bind "$2" /etc/hosts && mount -t tmpfs lab {SHARED_MEMORY} || exit
+mkdir {TMPDIR} && echo ready
 exec sleep infinity
 """
 
@@ -66,16 +70,14 @@ class Host:
         return ["nsenter", "--target", str(self.process), *namespaces, "--", *arguments]
 
 
-def make_hosts(number: int, links: Links, scratch: Path) -> list[Host]:
-    """``number`` hosts on one bridge in the caller's network namespace.
+def make_hosts(number: int, links: Links) -> list[Host]:
+    """``number`` hosts (1 to 254) on one bridge.
 
-    Args:
-        number: How many, 1 to 254.
-        links: What joins them.
-        scratch: An empty directory for their files.
+    The caller must be in network and mount namespaces of its own.
     """
     names = {f"{NETWORK}.{index}": f"host{index}" for index in range(1, number + 1)}
-    table = scratch / "hosts"
+    _run("mount", "-t", "tmpfs", "lab", str(SHARED_MEMORY))
+    table = SHARED_MEMORY / "hosts"
     lines = [f"{address} {name}\n" for address, name in names.items()]
     table.write_text("127.0.0.1 localhost\n" + "".join(lines))
     _run("ip", "link", "set", "lo", "up")
