@@ -27,7 +27,6 @@ def _launch(plan: dict[str, Any], hosts: list[Host]) -> int:
         # For the launchers' own files: process numbers start from 1 in every lab, so in /tmp two
         # labs would take each other's, and killed launchers would leave theirs behind.
         "TMPDIR": str(TMPDIR),
-        "HYDRA_TOPOLIB": "none",  # whose file would be in /tmp whatever TMPDIR says
     }
     arguments = _open_mpi(plan, hosts) if plan["mpi"] == "openmpi" else _hydra(plan, hosts)
     command = hosts[0].command(str(MPIRUN), *arguments, *plan["command"])

@@ -3,7 +3,8 @@
            host1                 the lab                  host2
     10.77.0.1 eth0 --- port1 [ bridge switch ] port2 --- eth0 10.77.0.2
 
-What a host sends is shaped at its eth0, what it receives at its port of the bridge.
+What a host sends is shaped at its eth0, what it receives at its port of the bridge. A lost packet
+is one that a host has sent and that was led into a hole: a bridge with nothing behind it.
 """
 
 from __future__ import annotations
@@ -51,9 +52,9 @@ class Links:
         return max(LEAST_BURST, int(bits / 8 * BURST_SECONDS))
 
     @property
-    def is_plain(self) -> bool:
-        """Neither delayed nor lossy."""
-        return float(self.delay.rstrip("mus")) == 0 and self.loss == 0
+    def delays(self) -> bool:
+        """Whether ``delay`` is more than nothing."""
+        return float(self.delay.rstrip("mus")) > 0
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,9 @@ def make_hosts(number: int, links: Links) -> list[Host]:
     lines = [f"{address} {name}\n" for address, name in names.items()]
     table.write_text("127.0.0.1 localhost\n" + "".join(lines))
     _run("ip", "link", "set", "lo", "up")
-    _run("ip", "link", "add", "switch", "type", "bridge")
-    _run("ip", "link", "set", "switch", "up")
+    for bridge in ("switch", "hole"):
+        _run("ip", "link", "add", bridge, "type", "bridge")
+        _run("ip", "link", "set", bridge, "up")
     hosts = []
     for address, name in names.items():
         hosts.append(Host(name, address, _hold(name, table)))
@@ -112,8 +114,11 @@ def _connect(host: Host, port: str, links: Links) -> None:
     _run(*host.command("ip", "link", "set", "eth0", "up"))
     _shape([], port, links)
     _shape(host.command(), "eth0", links)
-    if not links.is_plain:
-        _disturb(host.command(), "eth0", links)
+    if links.delays:
+        _delay(host.command(), "eth0", links)
+    if links.loss:
+        _run(*host.command("ip", "link", "set", "eth0", "gso_max_segs", "1"))  # packets, not bundles
+        _lose(port, links.loss)
 
 
 def _shape(where: Sequence[str], device: str, links: Links) -> None:
@@ -121,15 +126,24 @@ def _shape(where: Sequence[str], device: str, links: Links) -> None:
     _run(*where, "tc", "qdisc", "add", "dev", device, "root", "handle", "1:", "tbf", *bucket)
 
 
-def _disturb(where: Sequence[str], device: str, links: Links) -> None:
+def _delay(where: Sequence[str], device: str, links: Links) -> None:
     # What waits out a long delay must fit, or the queue loses packets that nobody asked it to.
-    disturbance = ["delay", links.delay, "loss", f"{links.loss}%", "limit", "100000"]
-    command = ["tc", "qdisc", "add", "dev", device, "parent", "1:1", "netem", *disturbance]
+    delay = ["netem", "delay", links.delay, "limit", "100000"]
     try:
-        _run(*where, *command)
+        _run(*where, "tc", "qdisc", "add", "dev", device, "parent", "1:1", *delay)
     except NetworkError as error:
-        hint = "--delay and --loss need the kernel's sch_netem"
-        raise NetworkError(f"{error}; {hint}") from error
+        raise NetworkError(f"--delay needs the kernel's sch_netem: {error}") from error
+
+
+def _lose(port: str, percent: float) -> None:
+    """Lose packets that come in at ``port``, with netem or without."""
+    # Classic BPF: load a random number; below the threshold the packet matches.
+    threshold = int(percent / 100 * 2**32)
+    program = f"4,32 0 0 4294963256,53 0 1 {threshold},6 0 0 0,6 0 0 4294967295"
+    into_the_hole = ["action", "mirred", "egress", "redirect", "dev", "hole"]
+    _run("tc", "qdisc", "add", "dev", port, "ingress")
+    at = ["dev", port, "parent", "ffff:", "protocol", "all"]
+    _run("tc", "filter", "add", *at, "bpf", "bytecode", program, *into_the_hole)
 
 
 def _run(*command: str) -> None:
