@@ -77,7 +77,8 @@ test-ranks-%: install FORCE
 
 test-mpich test-intel: test-%:
 	$(MAKE) test-ranks-3 MPI=$*
-	MPI=$* $(BIN)/$(PYTEST) tests/jobs/test_failure.py tests/jobs/test_launch.py
+	MPI=$* $(BIN)/$(PYTEST) tests/jobs/test_failure.py tests/jobs/test_launch.py \
+		tests/jobs/test_shared_memory.py
 
 # Quality.
 

@@ -117,7 +117,9 @@ def _connect(host: Host, port: str, links: Links) -> None:
     if links.delays:
         _delay(host.command(), "eth0", links)
     if links.loss:
-        _run(*host.command("ip", "link", "set", "eth0", "gso_max_segs", "1"))  # packets, not bundles
+        _run(
+            *host.command("ip", "link", "set", "eth0", "gso_max_segs", "1")
+        )  # packets, not bundles
         _lose(port, links.loss)
 
 

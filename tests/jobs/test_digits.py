@@ -47,7 +47,7 @@ def test_an_uneven_last_batch_on_three_ranks(start, tmp_path, algorithm):
         (["--lr", "nan"], "not a positive number"),
         (["--lr", "inf"], "not a positive number"),
         (["--seed", "99999999999999999999999"], "--seed"),
-        (["--algorithm", "tree"], "none of auto, ring"),
+        (["--algorithm", "tree"], "is none of auto, shared"),
         (["--bucket-size", "big"], "not a size"),
         (["--bucket-size", "0"], "must be positive"),
         (["--seed", "-1"], "--seed"),
