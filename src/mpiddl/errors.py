@@ -12,6 +12,7 @@ MpiddlError
  +-- TagError              no message tags are left for more gradient buckets
  +-- GradientError         a gradient came not at all, twice, or sparse
  +-- PeerError             another library could not take part in a benchmark
+ +-- OutputError           a result could not be written
 
 Each message says what happened, on which rank where that matters, and what to do.
 Those that come of a caller's argument are ``ValueError`` too.
@@ -26,6 +27,7 @@ __all__ = [
     "MpiddlError",
     "NoMpiError",
     "NotInitializedError",
+    "OutputError",
     "PeerError",
     "ReplicaError",
     "SettingsError",
@@ -36,7 +38,13 @@ __all__ = [
 
 
 class MpiddlError(Exception):
-    """Base of all errors that mpiddl raises on purpose."""
+    """Base of all errors that mpiddl raises on purpose.
+
+    Attributes:
+        on_every_rank: Raised by all ranks together, with the same message; printing one is enough.
+    """
+
+    on_every_rank = False
 
 
 class LaunchError(MpiddlError):
@@ -79,6 +87,8 @@ class SingletonError(LaunchError):
 class SettingsError(MpiddlError, ValueError):
     """An MPIDDL_* environment variable is unknown or has a value that cannot be used."""
 
+    on_every_rank = True
+
 
 class NotInitializedError(MpiddlError):
     """A collective was called before ``mpiddl.init()`` or after the world was closed."""
@@ -106,3 +116,11 @@ class GradientError(MpiddlError):
 
 class PeerError(MpiddlError):
     """Another library could not take part in a benchmark."""
+
+    on_every_rank = True
+
+
+class OutputError(MpiddlError):
+    """Rank 0 could not write a result."""
+
+    on_every_rank = True

@@ -6,8 +6,9 @@ import pytest
 
 from mpiddl.comm.launchers import Launch, read_launch, refuse_singleton
 from mpiddl.comm.layout import cores_per_rank
-from mpiddl.comm.library import library_name, set_defaults
+from mpiddl.comm.library import EAGER_BYTES, library_name, set_defaults
 from mpiddl.errors import SingletonError
+from mpiddl.settings import read as read_settings
 
 OPEN_MPI = {
     "OMPI_COMM_WORLD_RANK": "3",
@@ -117,8 +118,14 @@ def test_defaults_are_set_only_where_the_user_has_not(monkeypatch):
         "I_MPI_FABRICS": "shm",
     }
     environ = {"OMPI_MCA_osc": "ucx"}
-    set_defaults(environ, roomy)
-    assert environ == {"OMPI_MCA_osc": "ucx"}
+    assert set_defaults(environ, roomy) == {"OMPI_MCA_btl_tcp_eager_limit": str(EAGER_BYTES)}
+    assert environ == {"OMPI_MCA_osc": "ucx", "OMPI_MCA_btl_tcp_eager_limit": str(EAGER_BYTES)}
+    assert set_defaults(environ, roomy) == {}
+
+
+def test_a_chunk_is_sent_without_asking():
+    """Open MPI's limit counts its own header too."""
+    assert read_settings({}).chunk_size + 64 <= EAGER_BYTES
 
 
 def test_cores_are_shared_unless_bound():

@@ -42,6 +42,14 @@ def test_errors_survive_pickling(error):
     assert (type(again), str(again)) == (type(error), str(error))
 
 
+def mpi(library="Open MPI v5", thread_level="MPI_THREAD_MULTIPLE", tcp_eager_bytes=None):
+    return {
+        "library": library,
+        "thread_level": thread_level,
+        "tcp_eager_bytes": tcp_eager_bytes,
+    }
+
+
 def facts(rank=0, size=1, hostname="a", **changes):
     return {
         "hostname": hostname,
@@ -52,8 +60,8 @@ def facts(rank=0, size=1, hostname="a", **changes):
         "shared_memory_bytes": 1 << 33,
         "interfaces": [],
         "versions": {"torch": "2"},
-        "mpi": {"library": "Open MPI v5", "thread_level": "MPI_THREAD_MULTIPLE"},
-        "place": {"local_size": size, "own_cores": 1},
+        "mpi": mpi(),
+        "place": {"local_size": size, "own_cores": 1, "chunk_bytes": 512 << 10},
         **changes,
     }
 
@@ -65,15 +73,20 @@ DOCKER = [{"name": "docker0", "address": "172.17.0.1", "mbit_per_second": 0}]
     ("ranks", "severity", "words"),
     [
         ([facts(), facts(versions={"torch": "3"})], "error", "versions of torch"),
-        ([facts(), facts(mpi={"library": "MPICH", "thread_level": ""})], "error", "different MPIs"),
+        ([facts(), facts(mpi=mpi("MPICH"))], "error", "different MPIs"),
         ([facts(cores=[0])] * 2, "warning", "share 1 cores"),
         ([facts(cores=[0, 1])] * 2, "warning", "bound to the same 2 of 4"),
         ([facts(cores=[0]), facts(cores=[1])], "warning", "bound to one core"),
         ([facts(size=2, omp_num_threads=None)] * 2, "note", "OMP_NUM_THREADS is unset"),
         ([facts(start_method="fork")], "note", "forked"),
-        ([facts(mpi={"library": "x", "thread_level": "MPI_THREAD_FUNNELED"})], "note", "inline"),
+        ([facts(mpi=mpi(thread_level="MPI_THREAD_FUNNELED"))], "note", "inline"),
         ([facts(shared_memory_bytes=64 << 20)], "warning", "64MiB of shared memory"),
         ([facts(interfaces=DOCKER), facts(hostname="b")], "warning", "docker0"),
+        (
+            [facts(mpi=mpi(tcp_eager_bytes="65536")), facts(hostname="b")],
+            "note",
+            "less than a chunk (512KiB)",
+        ),
     ],
 )
 def test_traps_are_found(ranks, severity, words):
@@ -85,3 +98,6 @@ def test_traps_are_found(ranks, severity, words):
 def test_no_trap_where_all_is_well():
     assert find_traps([facts(0, 2, cores=[0, 1]), facts(1, 2, cores=[2, 3])]) == []
     assert find_traps([facts(mpi=None, place=None)]) == []
+    large = mpi(tcp_eager_bytes="1000000")
+    assert find_traps([facts(mpi=large), facts(mpi=large, hostname="b")]) == []
+    assert find_traps([facts(mpi=mpi(tcp_eager_bytes="1"))]) == []  # one node

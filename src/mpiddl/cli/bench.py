@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mpiddl.cli.arguments import check_sizes
-from mpiddl.cli.run import deferred
+from mpiddl.cli.run import deferred, let_rank_0_speak
 from mpiddl.units import parse_sizes
 
 if TYPE_CHECKING:
@@ -107,8 +107,7 @@ def _command(collective: str) -> Callable[..., None]:
         found = _candidates(names, wanted, collective, max(nbytes), world, report)
         for size in nbytes:
             _measure(collective, size, dtype, op, found, (repeats, warmup), check, world, report)
-        if world.rank == 0:
-            report.write(json_file, csv_file, plot_file, f"{collective}, {dtype}")
+        report.write(json_file, csv_file, plot_file, f"{collective}, {dtype}")
         report.judge(min_busbw)
 
     bench.__doc__ = f"Time {collective}. busbw as in nccl-tests, GB = 1e9 bytes."
@@ -139,10 +138,10 @@ def _candidates(
     from mpiddl.measure.candidates import candidates
 
     found, missing = candidates(names, collective, nbytes, world)
-    for name, reason in missing.items():
+    for reason in missing.values():
         if wanted:
-            raise PeerError(f"{name} {reason}")
-        report.say(f"# {name} is left out: it {reason}")
+            raise PeerError(reason)
+        report.say(f"# left out: {reason}")
     return found
 
 
@@ -207,16 +206,33 @@ class _Report:
     def write(
         self, json_file: Path | None, csv_file: Path | None, plot_file: Path | None, title: str
     ) -> None:
+        """Write what was asked for.
+
+        Raises:
+            OutputError: On every rank.
+        """
+        from mpiddl.errors import OutputError
         from mpiddl.measure.plots import plot_bandwidth
         from mpiddl.measure.report import write_csv, write_json
+        from mpiddl.overlap.calls import broadcast_json
 
-        if json_file:
-            write_json(json_file, self._environment, self._rows, self._memory)
-        if csv_file:
-            write_csv(csv_file, self._rows)
-        if plot_file:
-            ranks, mpi = len(self._environment["ranks"]), self._environment["mpi"]
-            plot_bandwidth(plot_file, self._rows, self._limit, f"{title}, {ranks} ranks, {mpi}")
+        ranks, mpi = len(self._environment["ranks"]), self._environment["mpi"]
+        title = f"{title}, {ranks} ranks, {mpi}"
+        writers: dict[Path | None, Callable[[Path], None]] = {
+            json_file: lambda path: write_json(path, self._environment, self._rows, self._memory),
+            csv_file: lambda path: write_csv(path, self._rows),
+            plot_file: lambda path: plot_bandwidth(path, self._rows, self._limit, title),
+        }
+        problem = None
+        for path, write in writers.items():
+            try:
+                if path is not None and self._speaks:
+                    write(path)
+            except OSError as error:
+                problem = problem or f"{path} cannot be written: {error.strerror}"
+        problem = broadcast_json(problem)
+        if problem:
+            raise OutputError(problem)
 
     def judge(self, min_busbw: float | None) -> None:
         """Exit 1 on every rank if results are wrong or too slow."""
@@ -232,4 +248,5 @@ class _Report:
         for problem in problems:
             self.say(f"FAILED: {problem}")
         if problems:
-            raise SystemExit(1)
+            let_rank_0_speak()
+            raise SystemExit(1)  # not sys.exit: all ranks leave, there is no job to end

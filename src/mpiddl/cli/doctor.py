@@ -96,6 +96,7 @@ def _rows(report: dict[str, Any], facts: dict[str, Any]) -> list[tuple[str, str]
         ("mpiddl", f"{versions['mpiddl']}, Python {versions['python']}"),
         ("MPI", f"{mpi['library']}, {mpi['path']}" if mpi else "could not be started"),
         ("threads", f"{mpi['thread_level']}, mpi4py {versions['mpi4py']}" if mpi else "-"),
+        ("MPI settings", f"{_listed(mpi['defaults'])}, set by mpiddl" if mpi else "-"),
         ("launcher", report["launcher"] or "none (started alone)"),
         ("ranks", f"{len(report['ranks'])} on {len(hosts)} node(s)"),
         ("torch", f"{versions['torch']}, {gpu['torch_threads']} thread(s) a rank"),
@@ -105,6 +106,10 @@ def _rows(report: dict[str, Any], facts: dict[str, Any]) -> list[tuple[str, str]
         ("CUDA-aware", f"{mpi['cuda_aware']} ({mpi['cuda_aware_reason']})" if mpi else "unknown"),
         ("network", ", ".join(interfaces) or "loopback only"),
     ]
+
+
+def _listed(settings: dict[str, str]) -> str:
+    return " ".join(f"{name}={value}" for name, value in settings.items()) or "nothing"
 
 
 def _rank_table(ranks: list[dict[str, Any]]) -> Any:

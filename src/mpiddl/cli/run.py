@@ -43,7 +43,7 @@ def run(main: Callable[..., Any] | typer.Typer) -> None:
         app()
     except SystemExit as leaving:
         if not _chosen:
-            if leaving.code:
+            if leaving.code and not is_running():
                 let_rank_0_speak()
             raise
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
@@ -53,9 +53,10 @@ def run(main: Callable[..., Any] | typer.Typer) -> None:
         command()
     except MpiddlError as error:
         # Before the world runs all ranks meet the same error; later it may be this rank's alone.
-        if read_launch().is_first or is_running():
+        everyones = error.on_every_rank or not is_running()
+        if read_launch().is_first or not everyones:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        if is_running():
+        if not everyones:
             sys.exit(USAGE_ERROR)
         let_rank_0_speak()
         raise SystemExit(USAGE_ERROR) from None  # all ranks leave: there is no job to end
@@ -64,10 +65,9 @@ def run(main: Callable[..., Any] | typer.Typer) -> None:
 def let_rank_0_speak() -> None:
     """Wait a little before leaving with a failure that all ranks share.
 
-    A launcher ends the job at the first rank that fails; rank 0 must have printed by then. Once
-    the world runs there is no waiting: a failure may be this rank's alone.
+    A launcher ends the job at the first rank that fails; rank 0 must have printed by then.
     """
-    if not (read_launch().is_first or is_running()):
+    if not read_launch().is_first:
         time.sleep(GRACE_SECONDS)
 
 

@@ -30,7 +30,7 @@ def tune(
     """
     from mpiddl.comm.tuning import cluster_name, tune_file, write_choices
     from mpiddl.comm.world import init
-    from mpiddl.errors import SettingsError
+    from mpiddl.errors import OutputError
     from mpiddl.measure.tune import choices_of
     from mpiddl.measure.tune import tune as measured
     from mpiddl.overlap.calls import broadcast_json
@@ -64,4 +64,4 @@ def tune(
             problem = f"{path} cannot be written: {error.strerror}; pass --file"
     problem = broadcast_json(problem)
     if problem:
-        raise SettingsError(problem)
+        raise OutputError(problem)

@@ -15,23 +15,47 @@ from types import ModuleType
 from mpiddl.comm.launchers import Launch
 from mpiddl.errors import NoMpiError
 
-__all__ = ["describe", "library_name", "library_path", "load", "set_defaults"]
+__all__ = [
+    "EAGER_BYTES",
+    "EAGER_LIMIT",
+    "defaults",
+    "describe",
+    "library_name",
+    "library_path",
+    "load",
+    "set_defaults",
+]
 
 
-def set_defaults(environ: MutableMapping[str, str], launch: Launch) -> None:
+EAGER_LIMIT = "OMPI_MCA_btl_tcp_eager_limit"
+EAGER_BYTES = 528 << 10
+"""Open MPI over TCP sends messages of up to this without asking the receiver: a default chunk."""
+
+
+_defaults: dict[str, str] = {}
+
+
+def set_defaults(environ: MutableMapping[str, str], launch: Launch) -> dict[str, str]:
     """MPI settings that every user would have to know, where the user has not chosen.
 
-    They must be in the environment before the library loads.
+    They must be in the environment before the library loads. Returns those that were set.
     """
     # One-sided over UCX prints an error at every shared window of Open MPI's wheel, and shared
     # windows do not use it.
-    environ.setdefault("OMPI_MCA_osc", "^ucx")
+    wanted = {"OMPI_MCA_osc": "^ucx"}
     # More ranks than cores: a rank that spins keeps its peer from sending what it spins for.
     if (launch.local_size or 1) > (os.cpu_count() or 1):
-        environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
-    # Intel MPI looks for a network first, although all ranks are on one node.
+        wanted["OMPI_MCA_mpi_yield_when_idle"] = "1"
     if launch.size is not None and launch.size == launch.local_size:
-        environ.setdefault("I_MPI_FABRICS", "shm")
+        # Intel MPI looks for a network first, although all ranks are on one node.
+        wanted["I_MPI_FABRICS"] = "shm"
+    else:
+        # A message above the limit waits until the receiver's MPI is called and answers. The link
+        # is idle meanwhile, and a receiver that computes is long in answering.
+        wanted[EAGER_LIMIT] = str(EAGER_BYTES)
+    chosen = {name: text for name, text in wanted.items() if name not in environ}
+    environ.update(chosen)
+    return chosen
 
 
 def load(launch: Launch) -> ModuleType:
@@ -40,13 +64,18 @@ def load(launch: Launch) -> ModuleType:
     Raises:
         NoMpiError: No MPI library was found.
     """
-    set_defaults(os.environ, launch)
+    _defaults.update(set_defaults(os.environ, launch))
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise NoMpiError(reason) from error
     return MPI
+
+
+def defaults() -> dict[str, str]:
+    """Settings of this process's MPI that ``load`` made: name -> value."""
+    return dict(_defaults)
 
 
 def library_name(version: str) -> str:

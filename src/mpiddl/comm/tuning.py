@@ -66,7 +66,7 @@ def read_choices(setting: str, layout: Layout) -> list[Choice]:
         if not setting:
             return []
         problem = "there is no such file"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         problem = f"not a table that `mpiddl tune` wrote ({type(error).__name__}: {error})"
     if path not in _warned:
         logger.warning("%s is ignored: %s; run `mpiddl tune` to make one", path, problem)
@@ -91,7 +91,9 @@ def _clusters(path: Path) -> dict[str, Any]:
     table = json.loads(path.read_text())
     if table[FORMAT] != VERSION:
         raise ValueError(f"version {table[FORMAT]}, this mpiddl reads {VERSION}")
-    clusters: dict[str, Any] = dict(table["clusters"])
+    clusters: dict[str, Any] = table["clusters"]
+    if not isinstance(clusters, dict):
+        raise ValueError("clusters have no names")
     return clusters
 
 
@@ -103,7 +105,7 @@ def write_choices(path: Path, cluster: str, measured: str, choices: Sequence[Cho
     """
     try:
         clusters = _clusters(path)
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, LookupError):
         clusters = {}
     entry = {"measured": measured, "choices": [choice._asdict() for choice in choices]}
     text = json.dumps({FORMAT: VERSION, "clusters": {**clusters, cluster: entry}}, indent=1)

@@ -1,4 +1,4 @@
-"""What a bandwidth benchmark compares: mpiddl's algorithms, the MPI library, gloo."""
+"""What a bandwidth benchmark compares: mpiddl's algorithms, the MPI library, other libraries."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from mpiddl.collectives.choose import ALGORITHMS, choose
 from mpiddl.comm.native import NATIVE_DTYPES, NATIVE_OPS
 from mpiddl.comm.world import World
 from mpiddl.errors import PeerError, UnsupportedBufferError
-from mpiddl.measure.gloo import Gloo
 from mpiddl.measure.patterns import count_wrong, fill, lengths
+from mpiddl.measure.peers import PEERS, Peer
 
 __all__ = ["PLACEMENTS", "Buffers", "Candidate", "Case", "InProcess", "candidates", "names_of"]
 
@@ -59,7 +59,7 @@ class Candidate(Protocol):
 def names_of(collective: str) -> list[str]:
     """Every name that --algorithms may give."""
     own = ["auto", *ALGORITHMS] if collective == "all-reduce" else ["auto"]
-    return [*own, *({"library", "gloo"} - set(own)), "horovod"]
+    return [*own, *(["library"] if "library" not in own else []), *PEERS]
 
 
 class Buffers:
@@ -143,20 +143,23 @@ class _Library(InProcess):
         return lambda: native.blocking(case.collective, pair[0], pair[1], dtype, case.op)
 
 
-class _Gloo:
-    name, placement = "gloo", "plain"
+class _Beside:
+    """A collective that a process beside this one runs."""
 
-    def __init__(self, world: World) -> None:
-        self._gloo = Gloo(world)
+    placement = "plain"
+
+    def __init__(self, name: str, world: World) -> None:
+        self.name = name
+        self._peer = Peer(name, world)
 
     def prepare(self, case: Case, check: bool) -> int:
         dtype = str(case.dtype).removeprefix("torch.")
         arguments = {"length": case.length, "dtype": dtype, "op": case.op, "check": check}
-        wrong: int = self._gloo.order("prepare", collective=case.collective, **arguments)
+        wrong: int = self._peer.order("prepare", collective=case.collective, **arguments)
         return wrong
 
     def time(self, calls: int) -> float:
-        seconds: float = self._gloo.order("time", calls=calls)
+        seconds: float = self._peer.order("time", calls=calls)
         return seconds
 
 
@@ -166,16 +169,14 @@ def candidates(
     """The candidates called ``names``, and why others of them cannot run. Collective."""
     found: list[Candidate] = []
     missing: dict[str, str] = {}
-    own = [name for name in names if name not in ("gloo", "horovod")]
+    own = [name for name in names if name not in PEERS]
     placements = [Buffers(place, collective, nbytes, world) for place in PLACEMENTS if own]
     for name in names:
-        if name == "horovod":
-            missing[name] = "is not timed by this version; run its own benchmark beside this one"
-        elif name == "gloo":
+        if name in PEERS:
             try:
-                found.append(_Gloo(world))
+                found.append(_Beside(name, world))
             except PeerError as error:
-                missing[name] = f"cannot run: {error}"
+                missing[name] = str(error)
         else:
             kind = _Library if name == "library" else _Own
             found += [kind(name, buffers, world) for buffers in placements if buffers.usable]

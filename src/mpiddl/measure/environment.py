@@ -8,6 +8,7 @@ import importlib.metadata
 import multiprocessing
 import os
 import platform
+import re
 import shutil
 import socket
 from pathlib import Path
@@ -21,7 +22,9 @@ from mpiddl.comm.world import World
 from mpiddl.devices.probe import cuda_awareness
 from mpiddl.overlap.calls import gather_json
 
-__all__ = ["environment_of", "rank_facts"]
+__all__ = ["VIRTUAL_INTERFACE", "environment_of", "first_interface", "rank_facts"]
+
+VIRTUAL_INTERFACE = re.compile(r"docker|virbr|veth|br-|cni|flannel|podman")
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where MPI libraries put it
 
@@ -60,6 +63,7 @@ def environment_of(world: World) -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "mpi": facts["mpi"]["library"],
+        "mpi_defaults": facts["mpi"]["defaults"],
         "hosts": sorted({rank["hostname"] for rank in ranks}),
         "settings": dataclasses.asdict(world.settings),
         "ranks": ranks,
@@ -83,13 +87,20 @@ def _place(world: World) -> dict[str, int]:
         "node_rank": world.node_rank,
         "num_nodes": world.num_nodes,
         "own_cores": world.layout.cores,
+        "chunk_bytes": world.settings.chunk_size,
     }
 
 
 def _mpi() -> dict[str, Any]:
     described = library.describe()
     awareness = cuda_awareness(described["library"] or "", described["path"])
-    return {**described, "cuda_aware": awareness.answer, "cuda_aware_reason": awareness.reason}
+    return {
+        **described,
+        "cuda_aware": awareness.answer,
+        "cuda_aware_reason": awareness.reason,
+        "defaults": library.defaults(),
+        "tcp_eager_bytes": os.environ.get(library.EAGER_LIMIT),
+    }
 
 
 def _versions() -> dict[str, str | None]:
@@ -127,3 +138,16 @@ def _interfaces() -> list[dict[str, Any]]:
         if name in stats and stats[name].isup and ipv4 and not ipv4[0].startswith("127."):
             found.append({"name": name, "address": ipv4[0], "mbit_per_second": stats[name].speed})
     return found
+
+
+def first_interface() -> dict[str, Any] | None:
+    """The network interface that other nodes probably reach this one by.
+
+    GLOO_SOCKET_IFNAME names another.
+    """
+    named = os.environ.get("GLOO_SOCKET_IFNAME")
+    for interface in _interfaces():
+        name = interface["name"]
+        if name == named if named else not VIRTUAL_INTERFACE.match(name):
+            return interface
+    return None

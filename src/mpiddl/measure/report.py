@@ -46,10 +46,15 @@ def line_of(row: Row, limit: float | None) -> str:
     count = row.nbytes // _ITEMSIZES[row.dtype]
     cells = [format_bytes(row.nbytes), str(count), row.dtype, row.op, row.algorithm, row.placement]
     cells += [f"{row.seconds * 1e6:.1f}", f"{row.seconds_p99 * 1e6:.1f}"]
-    cells += [f"{row.algbw:.2f}", f"{row.busbw:.2f}"]
+    cells += [_gbps(row.algbw), _gbps(row.busbw)]
     cells += ["-" if row.wrong is None else str(row.wrong)]
     cells += ["-" if limit is None else f"{limit:.1f}"]
     return _join(cells)
+
+
+def _gbps(value: float) -> str:
+    """Two decimals, more for a slow network."""
+    return f"{value:.2f}" if value >= 1 else f"{value:.4f}"
 
 
 _ITEMSIZES = {

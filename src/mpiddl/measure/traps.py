@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
+from mpiddl.measure.environment import VIRTUAL_INTERFACE
 from mpiddl.units import format_bytes
 
 __all__ = ["Trap", "find_traps"]
@@ -13,7 +13,6 @@ __all__ = ["Trap", "find_traps"]
 Facts = Sequence[dict[str, Any]]
 
 LEAST_SHARED_MEMORY = 256 << 20
-VIRTUAL_INTERFACE = re.compile(r"docker|virbr|veth|br-|cni|flannel|podman")
 
 
 class Trap(NamedTuple):
@@ -135,6 +134,20 @@ def _virtual_interfaces(facts: Facts) -> Iterator[Trap]:
         )
 
 
+def _small_messages(facts: Facts) -> Iterator[Trap]:
+    mpi, place = facts[0]["mpi"], facts[0]["place"]
+    if mpi is None or len(_by_node(facts)) == 1 or not mpi["library"].startswith("Open MPI"):
+        return
+    limit = mpi["tcp_eager_bytes"] or ""
+    if limit.isdigit() and int(limit) < place["chunk_bytes"]:
+        yield Trap(
+            "note",
+            f"OMPI_MCA_btl_tcp_eager_limit={limit} is less than a chunk "
+            f"({format_bytes(place['chunk_bytes'])}): over TCP every chunk waits for an answer",
+            "unset it, if the nodes are joined by TCP: mpiddl sets it to fit its default chunks",
+        )
+
+
 def _by_node(facts: Facts) -> dict[str, list[dict[str, Any]]]:
     nodes: dict[str, list[dict[str, Any]]] = {}
     for rank in facts:
@@ -150,4 +163,5 @@ _FINDERS: tuple[Callable[[Facts], Iterator[Trap]], ...] = (
     _thread_level,
     _shared_memory,
     _virtual_interfaces,
+    _small_messages,
 )

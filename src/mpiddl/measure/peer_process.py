@@ -1,0 +1,113 @@
+"""The process that runs another library beside a rank: ``python -m ... gloo``.
+
+Reads one JSON object a line, does what it says, writes one. Knows nothing of MPI, sleeps in a read
+when there is nothing to do, and ends with its rank.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+from typing import Any, BinaryIO, Protocol
+
+import torch
+
+from mpiddl.measure.patterns import count_wrong, fill, lengths
+
+__all__ = ["Library", "main"]
+
+PR_SET_PDEATHSIG = 1
+
+
+class Library(Protocol):
+    """One library's way to do the collectives."""
+
+    def host(self, hosts: list[Any]) -> int:
+        """On rank 0: let the others find each other here; the port."""
+
+    def join(self, place: dict[str, Any]) -> None:
+        """Meet the other processes."""
+
+    def barrier(self) -> None:
+        """Return once all processes are here."""
+
+    def run(self, collective: str, source: torch.Tensor, target: torch.Tensor, op: str) -> None:
+        """Do the collective; ``source`` is ``target`` where it works in place.
+
+        Raises:
+            ValueError: The library cannot do it.
+        """
+
+
+class _Orders:
+    """What the rank may ask for."""
+
+    def __init__(self, library: Library) -> None:
+        self._library = library
+
+    def nothing(self) -> None:
+        pass
+
+    def host(self, hosts: list[Any]) -> int:
+        return self._library.host(hosts)
+
+    def join(self, **place: Any) -> None:
+        self.rank, self.size = place["rank"], place["size"]
+        self._library.join(place)
+        self._library.barrier()
+
+    def prepare(self, collective: str, length: int, dtype: str, op: str, check: bool) -> int:
+        """Make buffers; run once and, with ``check``, count what is wrong."""
+        before, after = lengths(collective, length, self.size)
+        source = target = torch.empty(before, dtype=getattr(torch, dtype))
+        if collective not in ("all-reduce", "broadcast"):
+            target = torch.empty(after, dtype=source.dtype)
+        self.call = collective, source, target, op
+        fill(source, self.rank, self.size, op)
+        self._library.run(*self.call)
+        wrong = count_wrong(target, collective, self.rank, self.size, op) if check else 0
+        source.zero_()
+        return wrong
+
+    def time(self, calls: int) -> float:
+        """Seconds per call."""
+        run, call = self._library.run, self.call
+        self._library.barrier()
+        started = time.perf_counter()
+        for _ in range(calls):
+            run(*call)
+        return (time.perf_counter() - started) / calls
+
+
+def _serve(library: Library, requests: BinaryIO, answers: BinaryIO) -> None:
+    orders = _Orders(library)
+    for line in requests:
+        request = json.loads(line)
+        answer: dict[str, Any] = {"result": None, "problem": None}
+        try:
+            answer["result"] = getattr(orders, request["name"])(**request["arguments"])
+        except Exception as error:  # whatever a library raises is the rank's to report
+            answer["problem"] = str(error).partition("\n")[0] or type(error).__name__
+        answers.write(json.dumps(answer).encode() + b"\n")
+        answers.flush()
+
+
+def main(name: str) -> None:
+    """Be the process of library ``name``."""
+    # A stopped process would not notice that its input has ended.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints is no answer
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    module = importlib.import_module(f"mpiddl.measure.peer_{name}")
+    _serve(module.connect(), sys.stdin.buffer, answers)
+    os._exit(0)  # others may be gone: a library's own farewell could wait for them
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
