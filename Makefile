@@ -20,7 +20,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 RUN = MPI=$(MPI) tools/mpirun -n
 PYTEST := python -m pytest -q
 
-.PHONY: help install train test test-unit test-house test-jobs test-mpich test-intel check clean FORCE
+.PHONY: help install train test test-unit test-house test-jobs test-cluster test-mpich test-intel check clean FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -61,7 +61,8 @@ train: install
 
 # Tests.
 
-test: test-unit test-house test-jobs test-ranks-1 test-ranks-2 test-ranks-3 test-ranks-4 test-mpich test-intel
+test: test-unit test-house test-jobs test-ranks-1 test-ranks-2 test-ranks-3 test-ranks-4 test-cluster \
+	test-mpich test-intel
 
 test-unit: install
 	$(BIN)/$(PYTEST) tests/unit
@@ -71,6 +72,9 @@ test-house: install
 
 test-jobs: install
 	MPI=$(MPI) $(BIN)/$(PYTEST) tests/jobs
+
+test-cluster: install
+	MPI=$(MPI) $(BIN)/$(PYTEST) tests/cluster
 
 test-ranks-%: install FORCE
 	$(RUN) $* $(PYTEST) tests/ranks

@@ -1,114 +1,110 @@
-"""Time mpiddl's ring against the installed MPI's all-reduce, on the same ranks in the same run.
+"""All of docs/performance.md's all-reduce figures, measured again on this machine.
 
-    tools/mpirun -n 2 python benchmarks/all_reduce.py --json benchmarks/results/all_reduce.json
+    python benchmarks/all_reduce.py                     # the MPIs that are installed
+    sudo python benchmarks/all_reduce.py --lab          # also across hosts of benchmarks/lab
 
-``ring`` and ``library`` are mpiddl's (``library`` is MPI_Iallreduce, driven as everything in mpiddl
-is); ``mpi`` is a plain blocking MPI_Allreduce through mpi4py. They take turns, so that a machine
-that slows down slows all; every result is checked.
-Definitions as in nccl-tests: algbw = bytes / time, busbw = algbw x 2(n-1)/n, GB = 1e9 bytes.
+Runs `mpiddl bench all-reduce`, which says what it measures and how, once for each line of RUNS and
+writes its JSON into benchmarks/results, with the commit. Tables: benchmarks/tables.py.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
+import os
+import subprocess
 import sys
-import time
+import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
-import torch
 import typer
 
-import mpiddl
-from mpiddl.cli.run import run
-from mpiddl.measure.environment import rank_facts
-from mpiddl.units import format_bytes, parse_bytes
-
-ALGORITHMS = ("ring", "library", "mpi")
+HERE = Path(__file__).parent
+MPIRUN = HERE.parent / "tools" / "mpirun"
+MPIS = {"openmpi": ".openmpi", "mpich": ".mpich", "intel": ".intel"}
+"""Names, and the file in the virtual environment by which `make install MPI=...` remembers."""
 
 
-def seconds_of(algorithm: str, length: int, world: mpiddl.World) -> float:
-    """One checked all-reduce between barriers; the slowest rank counts."""
-    buffer = torch.full((length,), float(world.rank + 1))
-    from mpi4py import MPI  # after mpiddl.init(), which starts it
+class Run(NamedTuple):
+    """One `mpiddl bench`; ``lab`` are the lab's options, none: this machine alone."""
 
-    mpiddl.barrier()
-    started = time.perf_counter()
-    if algorithm == "mpi":
-        MPI.COMM_WORLD.Allreduce(MPI.IN_PLACE, buffer.numpy())
-    else:
-        mpiddl.all_reduce(buffer, algorithm=algorithm)
-    seconds = time.perf_counter() - started
-    want = world.size * (world.size + 1) / 2
-    if not torch.all(buffer == want):
-        raise RuntimeError(f"{algorithm} is wrong on rank {world.rank}")
-    return float(mpiddl.all_reduce(torch.tensor([seconds]), op="max"))
+    name: str
+    ranks: int
+    flags: str
+    lab: str = ""
 
 
-def environment(world: mpiddl.World) -> dict[str, object]:
-    """What the numbers depend on."""
-    facts = rank_facts(world)
-    kept = {name: facts[name] for name in ("cpu", "node_cores", "cores", "versions", "place")}
-    return {**kept, "mpi": facts["mpi"]["library"], "torch_threads": torch.get_num_threads()}
+SMALL = "--sizes 64,1KiB,8KiB,64KiB --algorithms auto,library,gloo --repeats 31"
+LARGE = "--sizes 256KiB:256MiB --algorithms auto,ring,library,gloo --repeats 15"
+NETWORK = "--sizes 4MiB,16MiB --repeats 9 --warmup 1 --algorithms"
+RUNS = [
+    Run("2_ranks_small", 2, SMALL),
+    Run("2_ranks_large", 2, LARGE),
+    Run("2_ranks_16_bit", 2, "--sizes 64KiB:64MiB --algorithms auto --dtype float32,bfloat16"),
+    Run("4_ranks", 4, "--sizes 1KiB:64MiB --algorithms auto,library,gloo"),
+]
+LAB_RUNS = [
+    Run("2_hosts_1gbit", 2, f"{NETWORK} auto,library,gloo", "--hosts 2 --rate 1gbit"),
+    Run("4_hosts_200mbit", 4, f"{NETWORK} auto,library,gloo", "--hosts 4 --rate 200mbit"),
+    Run(
+        "2x2_200mbit_cyclic",
+        4,
+        f"{NETWORK} auto,hierarchical,ring,library,gloo",
+        "--hosts 2 --ranks-per-host 2 --placement cyclic --rate 200mbit",
+    ),
+]
 
 
-def _sizes(text: str) -> str:
-    try:
-        if min(parse_bytes(size) for size in text.split(",")) < 4:
-            raise ValueError("sizes must be at least 4B, one float32")
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    return text
+def _check_output(*command: str) -> str:
+    return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout
+
+
+def _installed() -> list[str]:
+    return [name for name, mark in MPIS.items() if (Path(sys.prefix) / mark).exists()]
+
+
+def _measure(mpi: str, run: Run, out: Path) -> None:
+    file = out / f"all_reduce_{mpi}_{run.name}.json"
+    bench = ["python", "-m", "mpiddl", "bench", "all-reduce", *run.flags.split()]
+    command = [str(MPIRUN), "-n", str(run.ranks), *bench]
+    if run.lab:
+        lab = [sys.executable, str(HERE / "lab"), "--mpi", mpi, *run.lab.split()]
+        command = [*lab, "--", *bench]
+        goodput = json.loads(_check_output(*lab[:4], *_link(run.lab), "--tcp"))
+    print(f"\n$ MPI={mpi} {' '.join(command)}", flush=True)
+    with tempfile.TemporaryDirectory() as cache:  # without what `mpiddl tune` found here
+        environment = {**os.environ, "MPI": mpi, "XDG_CACHE_HOME": cache}
+        subprocess.run([*command, "--json", str(file)], env=environment, check=True)
+    report = json.loads(file.read_text())
+    report["environment"]["command"] = " ".join(bench[2:])
+    report["environment"]["commit"] = _check_output("git", "rev-parse", "--short", "HEAD").strip()
+    if run.lab:
+        report["environment"]["lab"] = run.lab
+        report["environment"]["tcp_gbps"] = min(goodput["mb_per_second"].values()) / 1e3
+    file.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _link(options: str) -> list[str]:
+    words = options.split()
+    return words[words.index("--rate") :][:2]
 
 
 def main(
-    sizes: Annotated[str, typer.Option(callback=_sizes, help="Comma-separated.")] = (
-        "1KiB,64KiB,1MiB,4MiB,16MiB,64MiB"
-    ),
-    repeats: Annotated[int, typer.Option(min=1, help="Timed runs; the median counts.")] = 15,
-    results: Annotated[Path | None, typer.Option("--json", help="Write rows there.")] = None,
+    lab: Annotated[bool, typer.Option("--lab", help="Also across hosts; needs root.")] = False,
+    mpi: Annotated[str, typer.Option(help="Comma-separated; default all installed.")] = "",
+    only: Annotated[str, typer.Option(help="Runs whose name contains this.")] = "",
+    out: Annotated[Path, typer.Option(help="Folder of results.")] = HERE / "results",
 ) -> None:
-    """Print the median time and bandwidth of float32 sums, algorithms interleaved."""
-    world = mpiddl.init()
-    factor = 2 * (world.size - 1) / world.size
-    rows = []
-    for size in sizes.split(","):
-        length = parse_bytes(size) // 4
-        times: dict[str, list[float]] = {algorithm: [] for algorithm in ALGORITHMS}
-        for algorithm in ALGORITHMS * (repeats + 2):
-            times[algorithm].append(seconds_of(algorithm, length, world))
-        for algorithm, seconds in times.items():
-            median = statistics.median(seconds[2:])  # two to warm up
-            rows.append(
-                {
-                    "collective": "all_reduce",
-                    "algorithm": algorithm,
-                    "nbytes": 4 * length,
-                    "dtype": "float32",
-                    "op": "sum",
-                    "ranks": world.size,
-                    "seconds": median,
-                    "algbw": 4 * length / median / 1e9,
-                    "busbw": 4 * length / median / 1e9 * factor,
-                }
-            )
-            if world.rank == 0:
-                print(
-                    f"{format_bytes(4 * length):>8} {algorithm:>8} {median * 1e6:10.1f} us "
-                    f"{rows[-1]['busbw']:6.2f} GB/s busbw",
-                    flush=True,
-                )
-    if world.rank == 0 and results is not None:
-        report = {
-            "date": time.strftime("%Y-%m-%d"),
-            "command": " ".join(["benchmarks/all_reduce.py", *sys.argv[1:]]),
-            "environment": environment(world),
-            "rows": rows,
-        }
-        results.parent.mkdir(parents=True, exist_ok=True)
-        results.write_text(json.dumps(report, indent=1) + "\n")
+    """Measure every run with every MPI."""
+    names = mpi.split(",") if mpi else _installed()
+    if unknown := set(names) - set(MPIS):
+        raise typer.BadParameter(f"no MPI {', '.join(sorted(unknown))}; {', '.join(MPIS)}")
+    out.mkdir(parents=True, exist_ok=True)
+    for run in [*RUNS, *(LAB_RUNS if lab else [])]:
+        for name in names:
+            if only in run.name:
+                _measure(name, run, out)
 
 
 if __name__ == "__main__":
-    run(main)
+    typer.run(main)

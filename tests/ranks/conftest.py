@@ -12,8 +12,10 @@ import pytest
 from mpi4py import MPI
 
 import mpiddl
+from mpiddl.collectives.choose import ALGORITHMS
 
 EVERYONE = MPI.COMM_WORLD
+TOP = Path(__file__).parents[2]
 
 
 class DisagreementError(AssertionError):
@@ -45,9 +47,20 @@ def agree():
 @pytest.fixture
 def shared_tmp_path():
     """One folder for all ranks. (pytest's ``tmp_path`` clears old ones, and ranks would race.)"""
-    with tempfile.TemporaryDirectory() if EVERYONE.Get_rank() == 0 else nullcontext() as folder:
+    # Hosts share the checkout, but not their folder for temporary files.
+    parent = TOP if mpiddl.init().num_nodes > 1 else None
+    first = EVERYONE.Get_rank() == 0
+    with tempfile.TemporaryDirectory(dir=parent) if first else nullcontext() as folder:
         yield Path(EVERYONE.bcast(folder))
         EVERYONE.Barrier()
+
+
+def pytest_runtest_setup(item):
+    """The same tests run across hosts."""
+    called = getattr(item, "callspec", None)
+    name = called.params.get("algorithm") if called else None
+    if name in ALGORITHMS and ALGORITHMS[name].one_node and mpiddl.init().num_nodes > 1:
+        pytest.skip("works within one node")
 
 
 @pytest.hookimpl(hookwrapper=True)

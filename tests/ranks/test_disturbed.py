@@ -17,6 +17,7 @@ import torch
 from cases import NAMES, Case
 
 import mpiddl
+from mpiddl.collectives.choose import ALGORITHMS
 from mpiddl.comm.messages import RequestWait
 from mpiddl.overlap.engine import engine_of
 from mpiddl.overlap.work import Work
@@ -176,3 +177,19 @@ def test_a_work_keeps_what_it_works_on(world, agree, thing):
     while engine_of(world)._in_flight:
         engine_of(world).poll()
     agree(all(bool((other == -1).all()) for other in clobber), "somebody else's memory was written")
+
+
+@pytest.mark.parametrize("where", ["plain", "window"])
+@pytest.mark.parametrize("algorithm", ["auto", *ALGORITHMS])
+def test_inference_mode_comes_and_goes(world, agree, algorithm, where):
+    """What is made in that mode is written outside of it, by this collective or the next."""
+    length = 999_999 + 2 * len(algorithm)  # nothing is kept yet for buffers of this size
+    buffer = mpiddl.empty(length) if where == "window" else torch.empty(length)
+    for start, end in [(True, False), (False, True), (True, True), (False, False)]:
+        for part in (buffer, buffer[: 1000 + len(algorithm)]):
+            part.fill_(world.rank + 1.0)
+            with torch.inference_mode(start):
+                work = mpiddl.all_reduce(part, "mean", algorithm=algorithm, async_=True)
+            with torch.inference_mode(end):
+                work.wait()
+            agree(bool((part == (world.size + 1) / 2).all()), f"{start} {end}: {part[:5]}")

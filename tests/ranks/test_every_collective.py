@@ -147,6 +147,8 @@ def memory_of(kind, world, length, dtype):
 def test_shared_all_reduce_wherever_the_buffers_are(world, agree, groups, group, kind):
     """Around the largest small buffer, one piece, and what a lane can show at once."""
     group = groups[group]
+    if group.num_nodes > 1:
+        pytest.skip("works within one node")
     with delayed(world, f"{group} {kind}"):
         for dtype, length in [
             (torch.int64, 2048),

@@ -21,6 +21,12 @@ from mpiddl.overlap.engine import engine_of
 UNORDERED = [name for name, algorithm in ALGORITHMS.items() if not algorithm.ordered]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_node(world):
+    if world.num_nodes > 1:
+        pytest.skip("windows are within one node")
+
+
 def mapped():
     """Windows that this process has mapped."""
     return Path("/proc/self/maps").read_text().count("/mpiddl-")

@@ -48,8 +48,9 @@ def _one_of(table: str) -> Callable[[str], str]:
         from mpiddl.collectives.reduction import DTYPES, OPS
 
         known = OPS if table == "op" else [str(dtype).removeprefix("torch.") for dtype in DTYPES]
-        if text not in known:
-            raise typer.BadParameter(f"{text!r} is none of {', '.join(known)}")
+        for name in text.split(",") if table == "dtype" else [text]:
+            if name not in known:
+                raise typer.BadParameter(f"{name!r} is none of {', '.join(known)}")
         return text
 
     return check
@@ -59,7 +60,9 @@ Sizes = Annotated[
     str, typer.Option(callback=check_sizes, help="1KiB:256MiB in steps of 4, or 64KiB,1MiB,...")
 ]
 Algorithms = Annotated[str, typer.Option(help="Comma-separated, or `all`.")]
-Dtype = Annotated[str, typer.Option(callback=_one_of("dtype"), help="Of the elements.")]
+Dtype = Annotated[
+    str, typer.Option(callback=_one_of("dtype"), help="Of the elements; comma-separated.")
+]
 Op = Annotated[str, typer.Option(callback=_one_of("op"), help="sum, mean, min, max or prod.")]
 Repeats = Annotated[int, typer.Option(min=1, help="Timed rounds; the median counts.")]
 Warmup = Annotated[int, typer.Option(min=0, help="Rounds before that.")]
@@ -106,7 +109,8 @@ def _command(collective: str) -> Callable[..., None]:
         wanted = algorithms not in ("all", DEFAULT_ALGORITHMS)
         found = _candidates(names, wanted, collective, max(nbytes), world, report)
         for size in nbytes:
-            _measure(collective, size, dtype, op, found, (repeats, warmup), check, world, report)
+            for kind in dtype.split(","):
+                _measure(collective, size, kind, op, found, (repeats, warmup), check, world, report)
         report.write(json_file, csv_file, plot_file, f"{collective}, {dtype}")
         report.judge(min_busbw)
 

@@ -16,7 +16,7 @@ import torch
 
 from mpiddl.comm.windows import Window
 from mpiddl.comm.world import World
-from mpiddl.devices.base import Buffer
+from mpiddl.devices.base import Buffer, as_dtype
 from mpiddl.waits import ALREADY, Wait
 
 __all__ = ["LINE", "NOWHERE", "Lane", "Place"]
@@ -125,7 +125,8 @@ class Lane:
         self._own = self.counter_at[self.rank]
         self._peers_at = [at for at in self.counter_at if at != self._own]
         self._noted: list[tuple[Place, float | None] | None] = [None, None]
-        data = torch.frombuffer(window.memory, dtype=torch.uint8)
+        with torch.inference_mode(mode=False):  # or it could not be written outside of that mode
+            data = torch.frombuffer(window.memory, dtype=torch.uint8)
         share = _share(room, self.size)
         self.entered = [_pair(data, at + HEADER, room) for at in starts]
         self.left = [_pair(data, at + HEADER + 2 * room, share) for at in starts]
@@ -210,7 +211,7 @@ class Lane:
         key = (place, like.dtype, len(like))
         views = self.cached.get(key)
         if views is None:
-            views = [pair[place][: like.nbytes].view(like.dtype) for pair in self.entered]
+            views = [as_dtype(pair[place][: like.nbytes], like.dtype) for pair in self.entered]
             self.remember(key, views)
         return views
 

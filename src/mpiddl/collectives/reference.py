@@ -20,14 +20,15 @@ def reference_all_reduce(
     Needs ``size`` copies of the buffer on rank 0. ``chunk_bytes`` is not used.
     """
     wide = torch.float32 if buffer.dtype.itemsize == 2 and buffer.is_floating_point() else None
-    mine = buffer.to(wide or buffer.dtype, copy=True)
+    with torch.inference_mode(mode=False):  # whoever drives this may be in that mode now and then
+        mine = buffer.to(wide or buffer.dtype, copy=True)
+        others = [torch.empty_like(mine) for _ in range(1, channel.size) if channel.rank == 0]
     if reduction.weight is not None:
         device.scale(mine, reduction.weight)
     if channel.rank != 0:
         yield channel.send(mine, 0)
         yield channel.receive(buffer, 0)
         return
-    others = [torch.empty_like(mine) for _ in range(1, channel.size)]
     yield AllOf(channel.receive(other, peer) for peer, other in enumerate(others, start=1))
     for other in others:
         device.fold(reduction.op, mine, other, None)

@@ -172,7 +172,8 @@ def _at(address: int, length: int, dtype: torch.dtype) -> torch.Tensor:
     if length == 0:
         return torch.empty(0, dtype=dtype, device="cpu")
     memory = (ctypes.c_char * (length * dtype.itemsize)).from_address(address)
-    return torch.frombuffer(memory, dtype=dtype)
+    with torch.inference_mode(mode=False):  # who keeps it may write to it outside of that mode
+        return torch.frombuffer(memory, dtype=dtype)
 
 
 def _create(nbytes: int) -> tuple[str | None, str | None]:

@@ -10,7 +10,7 @@ import torch
 
 from mpiddl.comm.world import World
 
-__all__ = ["Buffer", "Device"]
+__all__ = ["Buffer", "Device", "as_dtype"]
 
 Buffer = torch.Tensor
 """One-dimensional, contiguous, of one dtype, on one device."""
@@ -49,3 +49,15 @@ class Device(Protocol):
         out, whatever is there. 16-bit floats are added in float32 and rounded once.
         """
         ...
+
+
+def as_dtype(memory: torch.Tensor, dtype: torch.dtype) -> Buffer:
+    """Bytes as a buffer that may be written in any mode of autograd.
+
+    In inference mode ``view`` would make a tensor that may not be written outside of that mode,
+    and a collective may be driven now from within that mode, now from outside.
+    """
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(mode=False):
+            return memory.view(dtype)
+    return memory.view(dtype)

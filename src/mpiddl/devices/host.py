@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from mpiddl.comm.world import World
-from mpiddl.devices.base import Buffer
+from mpiddl.devices.base import Buffer, as_dtype
 
 __all__ = ["HOST", "HostDevice"]
 
@@ -50,8 +50,10 @@ class HostDevice:
             memory = kept.pop()
             self._kept_bytes -= nbytes
         else:
-            memory = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-        yield memory[: length * dtype.itemsize].view(dtype)
+            # A tensor that is made in inference mode could not be written outside of it.
+            with torch.inference_mode(mode=False):
+                memory = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+        yield as_dtype(memory[: length * dtype.itemsize], dtype)
         # Not after an exception: messages may still arrive in it.
         if self._kept_bytes + nbytes <= self.KEPT_BYTES:
             kept.append(memory)
