@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from mpiddl.collectives.channel import Channel
 from mpiddl.collectives.lanes import place_of
-from mpiddl.collectives.meeting import PIECE_BYTES, meet
+from mpiddl.collectives.meeting import meet, pieces_of
 from mpiddl.collectives.reduction import Reduction
 from mpiddl.collectives.ring import ring_all_reduce
 from mpiddl.devices.base import Buffer, Device
-from mpiddl.segments import chunked, split
+from mpiddl.segments import split
 from mpiddl.waits import Waits
 
 __all__ = ["hierarchical_all_reduce"]
@@ -51,7 +51,7 @@ def hierarchical_all_reduce(
     num_segments = min(len(ranks) for ranks in layout.nodes)
     if lane.rank < num_segments:
         segment = split(len(buffer), num_segments)[lane.rank]
-        pieces = chunked(segment, PIECE_BYTES // buffer.itemsize)
+        pieces = pieces_of(segment, buffer.itemsize, lane.size)
         for piece in pieces:
             meeting.combine(piece, reduction.op)
         ring = channel.among([ranks[lane.rank] for ranks in layout.nodes])

@@ -11,11 +11,14 @@ from typing import Protocol
 from mpiddl.collectives.lane import Lane, Place
 from mpiddl.comm.reach import Reach
 from mpiddl.devices.base import Buffer, Device
+from mpiddl.segments import chunked
 
-__all__ = ["PIECE_BYTES", "Meeting", "Weights", "meet"]
+__all__ = ["Meeting", "Weights", "meet", "pieces_of"]
 
-PIECE_BYTES = 512 << 10
-"""Combined at a time: what is combined must be in the cache still when it is handed out."""
+IN_CACHE_BYTES = 4 << 20
+"""What is combined must be in the caches still when it is handed out: all ranks' pieces of it."""
+LEAST_PIECE_BYTES = 512 << 10
+"""Each piece costs a view, and calls of the kernel, for every rank."""
 
 Weights = Sequence[float] | None
 
@@ -30,6 +33,12 @@ class Meeting(Protocol):
     def hand_out(self, piece: slice) -> None:
         """Copy ``piece`` of this rank's buffer into all others."""
         ...
+
+
+def pieces_of(segment: slice, itemsize: int, ranks: int) -> list[slice]:
+    """Parts of a segment that are combined, then handed out, one after the other."""
+    nbytes = max(LEAST_PIECE_BYTES, IN_CACHE_BYTES // ranks)
+    return chunked(segment, nbytes // itemsize)
 
 
 def meet(

@@ -15,7 +15,7 @@ from __future__ import annotations
 from mpiddl.collectives.channel import Channel
 from mpiddl.collectives.lane import NOWHERE, Lane, Place
 from mpiddl.collectives.lanes import place_of
-from mpiddl.collectives.meeting import PIECE_BYTES, Weights, meet
+from mpiddl.collectives.meeting import Weights, meet, pieces_of
 from mpiddl.collectives.reduction import Reduction
 from mpiddl.devices.base import Buffer, Device
 from mpiddl.segments import chunked, split
@@ -69,7 +69,7 @@ def finish(buffer: Buffer, op: str, lane: Lane, device: Device) -> Waits[None]:
         device.combine(op, lane.shown(buffer, lane.turn % 2), weights, buffer)
     elif (meeting := meet(lane, places, weights, buffer, device)) is not None:
         segment = split(len(buffer), lane.size)[lane.rank]
-        for piece in chunked(segment, PIECE_BYTES // buffer.itemsize):
+        for piece in pieces_of(segment, buffer.itemsize, lane.size):
             meeting.combine(piece, op)
             meeting.hand_out(piece)
         yield lane.go()
