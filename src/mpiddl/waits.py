@@ -53,18 +53,22 @@ class Pause:
 
     MPI's own "yield when idle" does not reach loops outside MPI, and a spinning rank on an
     oversubscribed node holds the core that its peer needs to send what it waits for.
+
+    Args:
+        crowded: The node is oversubscribed: yield at once.
     """
 
     SPINS = 20
     YIELDS = 2000
     SLEEP_SECONDS = 50e-6
 
-    def __init__(self) -> None:
-        self._fruitless = 0
+    def __init__(self, crowded: bool = False) -> None:
+        self._first = self.SPINS if crowded else 0
+        self._fruitless = self._first
 
     def reset(self) -> None:
         """Progress was made: the next pause is short again."""
-        self._fruitless = 0
+        self._fruitless = self._first
 
     def __call__(self) -> None:
         self._fruitless += 1

@@ -15,7 +15,7 @@ from mpiddl.measure.tune import choices_of
 
 
 def layout(*nodes):
-    return Layout(0, len(nodes[0]), 0, len(nodes), 1, nodes)
+    return Layout(0, len(nodes[0]), 0, len(nodes), 1, False, nodes)
 
 
 LAYOUT = layout((0, 1), (2,))

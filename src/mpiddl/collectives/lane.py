@@ -9,6 +9,7 @@ goes to one of two places by turns, so a rank may be a turn ahead of one that st
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -91,6 +92,7 @@ class Lane:
     Attributes:
         rank: This process among the ranks of the node.
         size: Ranks of the node.
+        crowded: More ranks than cores: each turn costs a switch between ranks.
         turn: The last turn that this rank has finished writing for.
         room: Bytes that a rank can show in a turn.
         entered: Per rank, room for what goes in: two places of ``room`` bytes.
@@ -115,6 +117,7 @@ class Lane:
         self.rank, self.size = world.local_rank, world.local_size
         self.room = room
         self.fence = fence
+        self.crowded = world.layout.crowded
         self.turn = 0
         self.served = 0
         self._tickets = 0
@@ -175,6 +178,8 @@ class Lane:
                 looks -= 1
                 if looks < 0:
                     return False
+                if self.crowded:
+                    os.sched_yield()
         if self.fence is not None:
             self.fence()
         return True

@@ -26,7 +26,7 @@ __all__ = ["SMALL_BYTES", "finish", "shared_all_reduce", "show"]
 SMALL_BYTES = 16 << 10
 """Up to here every rank adds everything itself: one turn, and no result to hand back."""
 MEDIUM_BYTES = 128 << 10
-"""Up to here it does so where no buffer is in a window."""
+"""Up to here it does so where no buffer is in a window, or where turns cost more than bytes."""
 
 
 def shared_all_reduce(
@@ -52,7 +52,7 @@ def shared_all_reduce(
 def show(buffer: Buffer, lane: Lane) -> Place:
     """Before the first turn: where the buffer is. One that others had better not go to is shown in
     the lane itself."""
-    if buffer.nbytes <= min(SMALL_BYTES, lane.room):
+    if buffer.nbytes <= min(MEDIUM_BYTES if lane.crowded else SMALL_BYTES, lane.room):
         place = NOWHERE
     else:
         place = place_of(lane.world, buffer)

@@ -23,6 +23,7 @@ class Layout:
         node_rank: This node among all, in the order of their lowest ranks.
         num_nodes: Number of nodes.
         cores: Cores that this rank can count as its own, at least 1.
+        crowded: The ranks of this node outnumber the cores that they may run on.
         nodes: The ranks of every node, in the order of their local ranks.
     """
 
@@ -31,6 +32,7 @@ class Layout:
     node_rank: int
     num_nodes: int
     cores: int
+    crowded: bool
     nodes: tuple[tuple[int, ...], ...]
 
 
@@ -71,6 +73,7 @@ def find_layout(comm: MPI.Comm, node: MPI.Comm) -> Layout:
         node_rank=list(members).index(lowest_of[comm.Get_rank()]),
         num_nodes=len(members),
         cores=cores_per_rank(affinities, local_rank),
+        crowded=len(affinities) > len({core for cores in affinities for core in cores}),
         nodes=tuple(tuple(ranks) for ranks in members.values()),
     )
 

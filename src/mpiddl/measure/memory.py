@@ -21,8 +21,8 @@ def measure_memory(world: World) -> dict[str, Any]:
     """``c = a + b`` by all ranks of a node at a time: bytes read and written per second.
 
     Returns:
-        ``stream_gbps``: of all ranks of rank 0's node together, in 1e9 bytes/s, each rank's best
-        of several rounds, as STREAM counts.
+        ``stream_gbps``: of all ranks of rank 0's node together, in 1e9 bytes/s, counted as STREAM
+        does: the best of several rounds, each as long as its slowest rank took.
     """
     length = STREAM_BYTES // 4
     a, b, c = (torch.ones(length, device="cpu") for _ in range(3))
@@ -31,10 +31,12 @@ def measure_memory(world: World) -> dict[str, Any]:
         barrier(world=world)
         started = time.perf_counter()
         torch.add(a, b, out=c)
+        barrier(world=world)
         seconds.append(time.perf_counter() - started)
-    own = 3 * STREAM_BYTES / min(seconds) / 1e9
-    everyones = gather_json([world.node_rank, own], world=world)
-    return {"stream_gbps": sum(gbps for node, gbps in everyones if node == 0)}
+    everyones = gather_json([world.node_rank, seconds], world=world)
+    rounds = zip(*(times for node, times in everyones if node == 0), strict=True)
+    ranks = sum(node == 0 for node, _ in everyones)
+    return {"stream_gbps": 3 * STREAM_BYTES * ranks / min(map(max, rounds)) / 1e9}
 
 
 def busbw_limit(stream_gbps: float, ranks: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import math
+import os
 import threading
 import time
 from collections import deque
@@ -34,10 +35,12 @@ class Engine:
     Args:
         mode: ``"inline"``: collectives go on whenever a gradient becomes ready, at the end of
             backward, and in every wait. ``"thread"``: a daemon thread polls as well.
+        crowded: More ranks than cores: who waits leaves the core to others at once.
     """
 
-    def __init__(self, mode: str) -> None:
+    def __init__(self, mode: str, crowded: bool = False) -> None:
         self.mode = mode
+        self._crowded = crowded
         self._lock = threading.Lock()
         self._submitted: deque[Work] = deque()  # not seen by a poll yet; appended without the lock
         self._in_flight: list[Work] = []
@@ -71,6 +74,8 @@ class Engine:
                         wait, looks = next(waits), 0
                     else:
                         looks += 1
+                        if self._crowded:
+                            os.sched_yield()
             except StopIteration as end:
                 return end.value
             finally:
@@ -97,7 +102,7 @@ class Engine:
 
     def drive(self, works: Collection[Work], seconds: float = math.inf) -> None:
         """Help everything in flight on until all of ``works`` are complete, or time is up."""
-        pause = Pause()
+        pause = Pause(self._crowded)
         until = time.monotonic() + seconds
         self._drivers.append(None)
         try:
@@ -157,7 +162,7 @@ class Engine:
             self._poll_until_stopped()
 
     def _poll_until_stopped(self) -> None:
-        pause = Pause()
+        pause = Pause(self._crowded)
         while not self._stopping:
             if self._drivers or not (self._in_flight or self._submitted):
                 self._wake.wait()
@@ -184,7 +189,7 @@ def engine_of(world: World) -> Engine:
     global _engine
     world.check_open()
     if _engine is None:
-        _engine = Engine(_mode(world))
+        _engine = Engine(_mode(world), world.layout.crowded)
         atexit.register(_engine.stop)  # before MPI's own finalizer
     world.at_close(_engine.abandon)
     return _engine

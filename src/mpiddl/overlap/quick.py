@@ -128,7 +128,7 @@ class Quick:
 
     def _outlast(self, wait: Wait) -> None:
         """Another rank is late: help on whatever else is in flight."""
-        pause = Pause()
+        pause = Pause(self._world.layout.crowded)
         while not wait.done():
             self._engine.poll()
             pause()
