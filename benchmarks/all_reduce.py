@@ -39,6 +39,7 @@ NETWORK = "--sizes 4MiB,16MiB --repeats 9 --warmup 1 --algorithms"
 RUNS = [
     Run("2_ranks_small", 2, SMALL),
     Run("2_ranks_large", 2, LARGE),
+    Run("2_ranks_fresh", 2, "--sizes 256KiB:64MiB --algorithms auto,library,gloo --fresh"),
     Run("2_ranks_16_bit", 2, "--sizes 64KiB:64MiB --algorithms auto --dtype float32,bfloat16"),
     Run("4_ranks", 4, "--sizes 1KiB:64MiB --algorithms auto,library,gloo"),
 ]

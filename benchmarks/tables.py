@@ -22,6 +22,7 @@ BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 RUNS = {
     "2_ranks_small": "Two ranks on one node, small buffers",
     "2_ranks_large": "Two ranks on one node",
+    "2_ranks_fresh": "Two ranks on one node, buffers just written",
     "2_ranks_16_bit": "Two ranks on one node, 16 bits",
     "4_ranks": "Four ranks on the two cores",
     "2_hosts_1gbit": "Two hosts, 1 Gbit/s",

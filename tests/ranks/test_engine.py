@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 
@@ -205,3 +206,8 @@ def test_inference_tensors_in_the_engines_thread(world, agree):
         driver.submit(reduction(world, world.tags.keep(1)[0], buffer), world).wait()
         agree(torch.equal(buffer, expected("sum", world.size, 1000, torch.float32)))
     driver.stop()
+
+
+def test_who_is_crowded(world, agree):
+    cores = os.sched_getaffinity(0)  # of every rank of the node: launchers do not bind in tests
+    agree(world.layout.crowded == (world.local_size > len(cores)), cores)

@@ -15,7 +15,7 @@ from mpiddl.units import parse_sizes
 
 if TYPE_CHECKING:
     from mpiddl.comm.world import World
-    from mpiddl.measure.bandwidth import Row
+    from mpiddl.measure.bandwidth import Plan, Row
     from mpiddl.measure.candidates import Candidate
 
 __all__ = ["app"]
@@ -67,6 +67,9 @@ Op = Annotated[str, typer.Option(callback=_one_of("op"), help="sum, mean, min, m
 Repeats = Annotated[int, typer.Option(min=1, help="Timed rounds; the median counts.")]
 Warmup = Annotated[int, typer.Option(min=0, help="Rounds before that.")]
 Check = Annotated[bool, typer.Option("--check/--no-check", help="Count wrong elements.")]
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="Write buffers before each call, outside of the time.")
+]
 Json = Annotated[
     Path | None, typer.Option("--json", callback=_writable, help="Write environment and rows.")
 ]
@@ -89,15 +92,18 @@ def _command(collective: str) -> Callable[..., None]:
         repeats: Repeats = 15,
         warmup: Warmup = 3,
         check: Check = True,
+        fresh: Fresh = False,
         json_file: Json = None,
         csv_file: Csv = None,
         plot_file: Plot = None,
         min_busbw: MinBusbw = None,
     ) -> None:
         from mpiddl.comm.world import init
+        from mpiddl.measure.bandwidth import Plan
         from mpiddl.measure.memory import busbw_limit, measure_memory
 
         names = _names(algorithms, collective)
+        plan = Plan(repeats, warmup, check, fresh)
         world = init()
         report = _Report(world)
         memory = measure_memory(world)
@@ -110,7 +116,7 @@ def _command(collective: str) -> Callable[..., None]:
         found = _candidates(names, wanted, collective, max(nbytes), world, report)
         for size in nbytes:
             for kind in dtype.split(","):
-                _measure(collective, size, kind, op, found, (repeats, warmup), check, world, report)
+                _measure(collective, size, kind, op, found, plan, world, report)
         report.write(json_file, csv_file, plot_file, f"{collective}, {dtype}")
         report.judge(min_busbw)
 
@@ -155,8 +161,7 @@ def _measure(
     dtype: str,
     op: str,
     found: list[Candidate],
-    rounds: tuple[int, int],
-    check: bool,
+    plan: Plan,
     world: World,
     report: _Report,
 ) -> None:
@@ -167,7 +172,7 @@ def _measure(
 
     kind = getattr(torch, dtype)
     case = Case(collective, nbytes // kind.itemsize * kind.itemsize, kind, op)
-    for row in measure(case, found, world, *rounds, check):
+    for row in measure(case, found, world, plan):
         if isinstance(row, str):
             report.say(f"# {row}")
         else:

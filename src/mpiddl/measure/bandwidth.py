@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import numpy
 
@@ -17,7 +18,7 @@ from mpiddl.errors import PeerError, UnsupportedBufferError
 from mpiddl.measure.candidates import Candidate, Case
 from mpiddl.overlap.calls import all_reduce
 
-__all__ = ["Row", "busbw_factor", "measure"]
+__all__ = ["Plan", "Row", "busbw_factor", "measure"]
 
 BYTES_PER_ROUND = 4 << 20
 MOST_CALLS = 200
@@ -44,6 +45,22 @@ class Row:
     as_dict = asdict
 
 
+class Plan(NamedTuple):
+    """How often and how to measure.
+
+    Attributes:
+        repeats: Rounds that count.
+        warmup: Rounds before those.
+        check: Count wrong elements.
+        fresh: Write the input before each call, outside of the time.
+    """
+
+    repeats: int
+    warmup: int
+    check: bool = True
+    fresh: bool = False
+
+
 def busbw_factor(collective: str, ranks: int) -> float:
     """busbw / algbw."""
     if collective == "broadcast":
@@ -55,9 +72,7 @@ def measure(
     case: Case,
     candidates: Sequence[Candidate],
     world: World,
-    repeats: int,
-    warmup: int,
-    check: bool,
+    plan: Plan,
 ) -> Iterator[Row | str]:
     """A row for every candidate; a sentence for each that cannot do it. Collective.
 
@@ -68,22 +83,22 @@ def measure(
     wrong: list[int] = []
     for candidate in candidates:
         try:
-            wrong.append(candidate.prepare(case, check))
+            wrong.append(candidate.prepare(case, plan.check))
             able.append(candidate)
         except (UnsupportedBufferError, PeerError) as error:
             yield f"{candidate.name} is left out: {error}"
     order = random.Random(SEED)  # noqa: S311 - the same on every rank, no secret
     calls = max(1, min(MOST_CALLS, BYTES_PER_ROUND // max(1, case.nbytes)))
-    seconds = numpy.zeros((len(able), warmup + repeats))
-    for turn in range(warmup + repeats):
+    seconds = numpy.zeros((len(able), plan.warmup + plan.repeats))
+    for turn in range(plan.warmup + plan.repeats):
         for place in order.sample(range(len(able)), len(able)):
-            seconds[place, turn] = able[place].time(calls)
+            seconds[place, turn] = able[place].time(calls, plan.fresh)
     if not able:
         return
     all_reduce(seconds, op="max", world=world)
     counts = numpy.array(wrong, dtype=numpy.int64)
     all_reduce(counts, op="sum", world=world)
-    for candidate, times, count in zip(able, seconds[:, warmup:], counts, strict=True):
+    for candidate, times, count in zip(able, seconds[:, plan.warmup :], counts, strict=True):
         median, p99 = float(numpy.median(times)), float(numpy.quantile(times, 0.99))
         algbw = case.nbytes / median / 1e9
         yield Row(
@@ -98,5 +113,5 @@ def measure(
             seconds_p99=p99,
             algbw=algbw,
             busbw=algbw * busbw_factor(case.collective, world.size),
-            wrong=int(count) if check else None,
+            wrong=int(count) if plan.check else None,
         )

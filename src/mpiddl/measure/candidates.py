@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,6 +15,7 @@ from mpiddl.comm.world import World
 from mpiddl.errors import PeerError, UnsupportedBufferError
 from mpiddl.measure.patterns import count_wrong, fill, lengths
 from mpiddl.measure.peers import PEERS, Peer
+from mpiddl.measure.timing import seconds_of
 
 __all__ = ["PLACEMENTS", "Buffers", "Candidate", "Case", "InProcess", "candidates", "names_of"]
 
@@ -51,8 +51,11 @@ class Candidate(Protocol):
         """
         ...
 
-    def time(self, calls: int) -> float:
-        """Seconds per call, from a barrier on. Collective."""
+    def time(self, calls: int, fresh: bool) -> float:
+        """Seconds per call, from a barrier on. Collective.
+
+        With ``fresh`` the input is written before each call, outside of the time.
+        """
         ...
 
 
@@ -96,7 +99,7 @@ class InProcess:
 
     def prepare(self, case: Case, check: bool) -> int:
         source, target = self._buffers.views(case, self._world)
-        self._call = self.bind(case, source, target)
+        self._call, self._source = self.bind(case, source, target), source
         rank, size = self._world.rank, self._world.size
         fill(source, rank, size, case.op)
         self._call()
@@ -104,12 +107,8 @@ class InProcess:
         source.zero_()
         return wrong
 
-    def time(self, calls: int) -> float:
-        mpiddl.barrier()
-        started = time.perf_counter()
-        for _ in range(calls):
-            self._call()
-        return (time.perf_counter() - started) / calls
+    def time(self, calls: int, fresh: bool) -> float:
+        return seconds_of(self._call, calls, mpiddl.barrier, self._source if fresh else None)
 
     def bind(self, case: Case, source: torch.Tensor, target: torch.Tensor) -> Callable[[], Any]:
         """What ``time`` calls."""
@@ -158,8 +157,8 @@ class _Beside:
         wrong: int = self._peer.order("prepare", collective=case.collective, **arguments)
         return wrong
 
-    def time(self, calls: int) -> float:
-        seconds: float = self._peer.order("time", calls=calls)
+    def time(self, calls: int, fresh: bool) -> float:
+        seconds: float = self._peer.order("time", calls=calls, fresh=fresh)
         return seconds
 
 

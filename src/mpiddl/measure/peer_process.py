@@ -7,17 +7,18 @@ when there is nothing to do, and ends with its rank.
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import json
 import os
 import signal
 import sys
-import time
 from typing import Any, BinaryIO, Protocol
 
 import torch
 
 from mpiddl.measure.patterns import count_wrong, fill, lengths
+from mpiddl.measure.timing import seconds_of
 
 __all__ = ["Library", "main"]
 
@@ -74,14 +75,10 @@ class _Orders:
         source.zero_()
         return wrong
 
-    def time(self, calls: int) -> float:
+    def time(self, calls: int, fresh: bool) -> float:
         """Seconds per call."""
-        run, call = self._library.run, self.call
-        self._library.barrier()
-        started = time.perf_counter()
-        for _ in range(calls):
-            run(*call)
-        return (time.perf_counter() - started) / calls
+        call = functools.partial(self._library.run, *self.call)
+        return seconds_of(call, calls, self._library.barrier, self.call[1] if fresh else None)
 
 
 def _serve(library: Library, requests: BinaryIO, answers: BinaryIO) -> None:

@@ -15,7 +15,7 @@ from mpiddl.comm.tuning import Choice
 from mpiddl.comm.world import World
 from mpiddl.devices.host import HOST
 from mpiddl.errors import UnsupportedBufferError
-from mpiddl.measure.bandwidth import Row, measure
+from mpiddl.measure.bandwidth import Plan, Row, measure
 from mpiddl.measure.candidates import Buffers, Candidate, Case, InProcess
 from mpiddl.overlap.arguments import new_channel, run
 
@@ -65,7 +65,7 @@ def tune(world: World, sizes: Sequence[int], repeats: int) -> Iterator[Row]:
             ways += [_Way(name, chunk_bytes, buffers, world) for chunk_bytes in chunks]
     for nbytes in sorted(sizes):
         case = Case("all-reduce", nbytes // 4 * 4, torch.float32, "sum")
-        for row in measure(case, ways, world, repeats, warmup=2, check=False):
+        for row in measure(case, ways, world, Plan(repeats, warmup=2, check=False)):
             if isinstance(row, Row):
                 yield row
 
