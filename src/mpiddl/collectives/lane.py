@@ -25,6 +25,7 @@ __all__ = ["LINE", "NOWHERE", "Lane", "Place"]
 LINE = 64
 """Bytes that one core owns at a time: counters of two ranks never share them."""
 HEADER = 3 * LINE  # the counter, then two notes
+NOTE = 32  # bytes: window, offset, address, weight
 MOST_CACHED = 1024
 
 
@@ -124,6 +125,7 @@ class Lane:
         starts = [rank * window.part_bytes + start for rank in range(self.size)]
         self.counters = memoryview(window.memory).cast("q")
         self._weights = memoryview(window.memory).cast("d")
+        self._bytes = memoryview(window.memory).cast("B")
         self.counter_at = [at // 8 for at in starts]
         self._own = self.counter_at[self.rank]
         self._peers_at = [at for at in self.counter_at if at != self._own]
@@ -210,6 +212,12 @@ class Lane:
                 weighted = True
             weights.append(weight)
         return places, weights if weighted else None
+
+    def notes_as_bytes(self) -> list[bytes]:
+        """The same unread, to tell whether they are those of another time."""
+        line = (1 + self.turn % 2) * LINE
+        memory = self._bytes
+        return [bytes(memory[8 * at + line : 8 * at + line + NOTE]) for at in self.counter_at]
 
     def shown(self, like: Buffer, place: int) -> list[Buffer]:
         """Every rank's ``entered`` in ``place``, as buffers like ``like``."""

@@ -13,7 +13,7 @@ from mpiddl.comm.reach import Reach
 from mpiddl.devices.base import Buffer, Device
 from mpiddl.segments import chunked
 
-__all__ = ["Meeting", "Weights", "meet", "pieces_of"]
+__all__ = ["InWindow", "Meeting", "Weights", "meet", "pieces_of"]
 
 IN_CACHE_BYTES = 4 << 20
 """What is combined must be in the caches still when it is handed out: all ranks' pieces of it."""
@@ -46,13 +46,13 @@ def meet(
 ) -> Meeting | None:
     """The buffers at ``places``; None, on every rank, if they cannot be reached."""
     if places[0].window and all(place.window == places[0].window for place in places):
-        return _InWindow(lane, places, weights, buffer, device)
+        return InWindow(lane, places, weights, buffer, device)
     if lane.world.reach is not None:
         return _Apart(lane.rank, lane.world.reach, places, weights, buffer, device)
     return None
 
 
-class _InWindow:
+class InWindow:
     """Everyone's memory is this rank's memory."""
 
     def __init__(
@@ -70,17 +70,17 @@ class _InWindow:
         self._device = device
 
     def combine(self, piece: slice, op: str) -> None:
-        parts = self._parts(piece)
+        parts = self.parts_of(piece)
         self._device.combine(op, parts, self._weights, parts[self._lane.rank])
 
     def hand_out(self, piece: slice) -> None:
-        parts = self._parts(piece)
+        parts = self.parts_of(piece)
         mine = parts[self._lane.rank]
         for peer, part in enumerate(parts):
             if peer != self._lane.rank:
                 part.copy_(mine)
 
-    def _parts(self, piece: slice) -> list[Buffer]:
+    def parts_of(self, piece: slice) -> list[Buffer]:
         """Everyone's ``piece``. The views do not keep the window; this rank's buffer does."""
         dtype, first, last = self._buffer.dtype, piece.start, piece.stop
         key = (self._places, dtype, first, last)

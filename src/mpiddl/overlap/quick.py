@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 
 from mpiddl.collectives.choose import choose
-from mpiddl.collectives.lane import NOWHERE
+from mpiddl.collectives.lane import NOWHERE, Lane
 from mpiddl.collectives.lanes import Foreground, foreground_of
+from mpiddl.collectives.meeting import InWindow, Weights, meet, pieces_of
 from mpiddl.collectives.reduction import DTYPES, reduction_of
 from mpiddl.collectives.shared import SMALL_BYTES, finish, shared_all_reduce, show
 from mpiddl.comm.world import World
@@ -22,11 +23,13 @@ from mpiddl.devices.base import Buffer
 from mpiddl.devices.host import HOST
 from mpiddl.errors import UnsupportedBufferError
 from mpiddl.overlap.engine import PATIENCE, Engine, engine_of
+from mpiddl.segments import split
 from mpiddl.waits import Pause, Wait
 
 __all__ = ["Quick", "quick_of"]
 
 MOST_PLANS = 1024
+MOST_MET = 64
 
 _copy = ctypes.memmove
 
@@ -41,6 +44,7 @@ class _Plan(NamedTuple):
         weights: The same, as a list.
         shown: Per lane and place: where all ranks show their buffers, and this rank's address;
             empty for large buffers.
+        met: What all ranks noted -> how their buffers are reduced; None: not in one piece.
     """
 
     op: str
@@ -48,6 +52,23 @@ class _Plan(NamedTuple):
     weight: float | None
     weights: list[float] | None
     shown: list[list[tuple[list[Buffer], int]]]
+    met: dict[tuple[bytes, ...], _Met | None]
+
+
+class _Met(NamedTuple):
+    """Buffers in windows, of which this rank adds one piece.
+
+    Attributes:
+        parts: Of all ranks.
+        mine: This rank's among them.
+        others: The others.
+        weights: Of all ranks.
+    """
+
+    parts: list[Buffer]
+    mine: Buffer
+    others: list[Buffer]
+    weights: Weights
 
 
 class Quick:
@@ -97,8 +118,28 @@ class Quick:
         if plan.shown:
             HOST.combine(plan.op, shown, plan.weights, buffer)
             lane.leave()
-        else:
+        elif not self._reduce_in_place(buffer, plan, lane):
             self._engine.run(finish(buffer, plan.op, lane, HOST), self._world)
+        return True
+
+    def _reduce_in_place(self, buffer: Buffer, plan: _Plan, lane: Lane) -> bool:
+        """``finish`` for buffers in windows, where all is known from another time."""
+        key = tuple(lane.notes_as_bytes())
+        try:
+            met = plan.met[key]
+        except KeyError:
+            if len(plan.met) >= MOST_MET:
+                plan.met.clear()
+            met = plan.met[key] = _meet(buffer, lane)
+        if met is None:
+            return False
+        HOST.combine(plan.op, met.parts, met.weights, met.mine)
+        for other in met.others:
+            other.copy_(met.mine)
+        turn = lane.raise_counter()
+        if not lane.has_come(turn, PATIENCE):
+            self._outlast(lane.all_at(turn))
+        lane.leave()
         return True
 
     def _prepare(self, op: str, dtype: torch.dtype, length: int) -> _Plan | None:
@@ -123,7 +164,9 @@ class Quick:
                 shown.append([(views, views[lane.rank].data_ptr()) for views in pair])
         weight = reduction.weight
         weights = None if weight is None else [weight] * size
-        plan = self._plans[op, dtype, length] = _Plan(reduction.op, nbytes, weight, weights, shown)
+        plan = self._plans[op, dtype, length] = _Plan(
+            reduction.op, nbytes, weight, weights, shown, {}
+        )
         return plan
 
     def _outlast(self, wait: Wait) -> None:
@@ -132,6 +175,18 @@ class Quick:
         while not wait.done():
             self._engine.poll()
             pause()
+
+
+def _meet(buffer: Buffer, lane: Lane) -> _Met | None:
+    """The one piece that this rank reduces; None if there are more, or buffers out of windows."""
+    places, weights = lane.notes()
+    meeting = meet(lane, places, weights, buffer, HOST)
+    segment = split(len(buffer), lane.size)[lane.rank]
+    if not isinstance(meeting, InWindow) or len(pieces_of(segment, buffer.itemsize, lane.size)) > 1:
+        return None
+    parts = meeting.parts_of(segment)
+    others = [part for rank, part in enumerate(parts) if rank != lane.rank]
+    return _Met(parts, parts[lane.rank], others, weights)
 
 
 _quick: dict[World, Quick | None] = {}  # until the world closes
