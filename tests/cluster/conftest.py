@@ -17,9 +17,14 @@ def _why_not() -> str | None:
     if not sys.platform.startswith("linux") or os.geteuid() != 0:
         return "the lab needs root on Linux"
     probe = subprocess.run(
-        [*LAB, "--hosts", "1", "--", "true"], capture_output=True, text=True, check=False
+        [*LAB, "--hosts", "1", "--", "true"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
-    return f"no lab here: {probe.stderr.strip()[-200:]}" if probe.returncode == 2 else None
+    refused = probe.returncode and probe.stderr.startswith(("lab: ", "unshare: ", "setpriv: "))
+    return f"no lab here: {probe.stderr.strip()[-200:]}" if refused else None
 
 
 def pytest_collection_modifyitems(items):

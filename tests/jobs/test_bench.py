@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import subprocess
+import time
 
 import psutil
 import pytest
@@ -85,6 +86,12 @@ def test_every_collective_and_algorithm_is_right(start, tmp_path, collective, dt
         (["all-reduce", "--algorithms", "rung"], "no algorithm 'rung' for all-reduce"),
         (["broadcast", "--algorithms", "ring"], "no algorithm 'ring' for broadcast"),
         (["all-reduce", "--algorithms", "horovod"], "horovod beside rank 0: it is not installed"),
+        (["all-reduce", "--json", "/nowhere/a.json"], "there is no folder /nowhere"),
+        (["all-reduce", "--plot", "/proc"], "/proc cannot be written: it is a folder"),
+        (
+            ["all-reduce", "--algorithms", "ring", "--min-busbw", "0.1"],
+            "--min-busbw judges auto, which was not measured",
+        ),
     ],
     ids=lambda value: "=".join(value) if isinstance(value, list) else "",
 )
@@ -102,7 +109,6 @@ def test_what_cannot_be_measured_is_said_once(start, arguments, words):
         (["all-reduce", "--sizes", "4KiB:1KiB"], "from large to small"),
         (["all-reduce", "--dtype", "float8"], "none of"),
         (["all-reduce", "--op", "avg"], "none of"),
-        (["all-reduce", "--json", "/nowhere/a.json"], "there is no folder /nowhere"),
         (["all-reduce", "--repeats", "0"], "--repeats"),
         (["sum"], "No such command"),
     ],
@@ -115,6 +121,14 @@ def test_wrong_flags(start, arguments, words):
     assert words in " ".join(job.both.split())
     assert job.out.count("status 2") == 2
     assert "Traceback" not in job.both
+
+
+def test_what_a_peer_cannot_do_is_left_out_once(start):
+    job = start(2, [*BENCH, "all-reduce", "--op", "mean", "--sizes", "64,128", "--repeats", "1"])
+
+    assert job.status == 0, job.both
+    assert job.both.count("it has no mean") == 1
+    assert job.out.count(" auto ") == 4
 
 
 def test_one_rank_alone(start):
@@ -146,11 +160,9 @@ def test_a_killed_peer_is_one_error_and_no_hang(clean_environment):
     try:
         lines = iter(job.stdout.readline, "")
         assert any(line.split()[:1] == ["size"] for line in lines)
-        peers = []
-        while len(peers) < 2:
-            peers = peers_of(job)
+        peers = wait_until_timed(job)
         peers[-1].kill()
-        rest = job.communicate(timeout=60)[0]
+        rest = job.communicate(timeout=120)[0]
     finally:
         job.kill()
         job.wait()
@@ -160,6 +172,19 @@ def test_a_killed_peer_is_one_error_and_no_hang(clean_environment):
     assert "killed by SIGKILL" in rest
     assert "Traceback" not in rest
     assert not any(peer.is_running() for peer in peers)
+
+
+def wait_until_timed(job):
+    """Peers are stopped between orders: after host, join and prepare they are timed."""
+    deadline, stops, stopped, peers = time.monotonic() + 60, 0, False, []
+    while stops < 4:
+        assert job.poll() is None
+        assert time.monotonic() < deadline
+        peers = peers if len(peers) == 2 else peers_of(job)
+        before, stopped = stopped, bool(peers) and peers[0].status() == psutil.STATUS_STOPPED
+        stops += stopped and not before
+        time.sleep(0.002)  # polling
+    return peers
 
 
 def peers_of(job):

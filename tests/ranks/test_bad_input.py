@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy
 import pytest
 import torch
@@ -138,6 +140,22 @@ def test_one_ranks_bad_buffer_is_every_ranks_error(world, agree):
         pytest.skip("one rank cannot disagree")
     buffer = on_last(world, torch.ones(4), torch.ones(4, dtype=torch.bool))
     refused(agree, ValueError, ["bool"], lambda: mpiddl.all_reduce(buffer, check=True), buffer)
+
+
+def test_what_is_no_json_is_every_ranks_error(world, agree):
+    world.settings = dataclasses.replace(world.settings, check=True)
+    try:
+        value = object() if world.rank == world.size - 1 else 1
+        error = TypeError if world.rank == world.size - 1 else MismatchError
+        refused(agree, error, ["JSON serializable"], lambda: mpiddl.gather_json(value))
+        refused(
+            agree,
+            error,
+            ["JSON serializable"],
+            lambda: mpiddl.broadcast_json(value, world.size - 1),
+        )
+    finally:
+        world.settings = dataclasses.replace(world.settings, check=False)
 
 
 def test_check_lets_the_right_call_pass(world, agree):

@@ -7,6 +7,7 @@ import gc
 import os
 import random
 import signal
+import time
 import types
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from cases import NAMES, Case
 import mpiddl
 from mpiddl.collectives.choose import ALGORITHMS
 from mpiddl.comm.messages import RequestWait
+from mpiddl.errors import NotInitializedError
 from mpiddl.overlap.engine import engine_of
 from mpiddl.overlap.work import Work
 
@@ -193,3 +195,37 @@ def test_inference_mode_comes_and_goes(world, agree, algorithm, where):
             with torch.inference_mode(end):
                 work.wait()
             agree(bool((part == (world.size + 1) / 2).all()), f"{start} {end}: {part[:5]}")
+
+
+def test_a_work_of_a_closed_world_raises(world, agree):
+    group = world.split(0)
+    late = world.rank == world.size - 1 and world.size > 1
+    work = None
+    if not late:
+        work = mpiddl.all_reduce(torch.ones(3), algorithm="ring", async_=True, world=group)
+    incomplete = work is not None and not work.complete
+    group.close()
+    if incomplete:
+        with pytest.raises(NotInitializedError, match="closed before"):
+            work.wait()
+    agree(world.size == 1 or late or incomplete)
+
+
+@pytest.mark.parametrize("length", [3, 3000, 300_000])
+@pytest.mark.parametrize("where", ["plain", "window"])
+def test_nan_weights_spread(world, agree, where, length):
+    buffer = mpiddl.empty(length) if where == "window" else torch.empty(length)
+    mpiddl.all_reduce(buffer.fill_(1), pre_scale=float("nan") if world.rank == 0 else 1.0)
+    agree(bool(buffer.isnan().all()), buffer[:5])
+
+
+def test_late_ranks_find_the_others_waiting(world, agree):
+    """Blocking calls that outlast their patience, in both turns, in memory of both kinds."""
+    for turn in range(6):
+        for buffer in (torch.empty(100), torch.empty(50_000), mpiddl.empty(50_000)):
+            buffer.fill_(world.rank + 1.0)
+            if turn % world.size == world.rank:
+                time.sleep(0.01)  # late on purpose
+            mpiddl.all_reduce(buffer)
+            want = world.size * (world.size + 1) / 2
+            agree(bool((buffer == want).all()), f"{turn} {len(buffer)}: {buffer[:5]}")

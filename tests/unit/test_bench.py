@@ -139,6 +139,16 @@ def test_parts_in_the_wrong_order_are_wrong():
     assert count_wrong(turned, "all-gather", 0, 3, "sum") > 10_000
 
 
+@pytest.mark.parametrize("op", ["sum", "min", "max", "prod"])
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8, 15, 40])
+def test_segments_in_the_wrong_place_are_wrong(op, ranks):
+    output = next(outputs("all-reduce", op, torch.float32, ranks, length=1 << 14))
+
+    assert count_wrong(output, "all-reduce", 0, ranks, op) == 0
+    alike = op in ("min", "max") and ranks >= 5  # every value is somewhere
+    assert alike or count_wrong(output.roll(1024), "all-reduce", 0, ranks, op) > 1000
+
+
 @pytest.mark.parametrize("ranks", [2, 40, 60])
 def test_sums_are_exact_however_many_ranks(ranks):
     total = torch.zeros(1000, dtype=torch.int64)

@@ -116,3 +116,17 @@ def test_zeros_for_what_is_missing():
 
     assert bucket.buffer.tolist() == [4.0, 5.0, 0.0, 0.0, 0.0]
     assert bucket.missing == set()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("where", ["first", "last", "elsewhere"])
+def test_weighted_16_bit_sums_are_rounded_once(dtype, where):
+    sources = list(torch.randn(3, 10_001, generator=torch.Generator().manual_seed(0)).to(dtype))
+    weights = [1 / 3, 17 / 33, 1e-6]
+    wide = [source.double() * weight for source, weight in zip(sources, weights, strict=True)]
+    want = (wide[0] + wide[1] + wide[2]).to(dtype).double()
+    target = {"first": sources[0], "last": sources[2], "elsewhere": torch.empty_like(sources[0])}
+    HostDevice().combine("sum", sources, weights, target[where])
+
+    # float32's own rounding may tip a value that lies between two, hardly ever.
+    assert (target[where].double() != want).float().mean() < 1e-3

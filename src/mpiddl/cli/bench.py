@@ -28,19 +28,26 @@ app = typer.Typer(
 )
 
 
-def _writable(path: Path | None) -> Path | None:
-    """Refused before anything is measured, not after."""
-    if path is not None and not path.parent.is_dir():
-        raise typer.BadParameter(f"there is no folder {path.parent}")
-    if path is not None and path.is_dir():
-        raise typer.BadParameter(f"{path} is a folder")
-    return path
+def _refuse_files(json_file: Path | None, csv_file: Path | None, plot_file: Path | None) -> None:
+    """Before anything is measured, not after. Only rank 0 writes: its node alone counts.
 
+    Raises:
+        OutputError: On every rank.
+    """
+    from mpiddl.errors import OutputError
+    from mpiddl.overlap.calls import broadcast_json
 
-def _drawable(path: Path | None) -> Path | None:
-    if path is not None and importlib.util.find_spec("matplotlib") is None:
-        raise typer.BadParameter("needs matplotlib: pip install 'mpiddl[plots]'")
-    return _writable(path)
+    problem = None
+    for path in (json_file, csv_file, plot_file):
+        if path is not None and not path.parent.is_dir():
+            problem = f"{path} cannot be written: there is no folder {path.parent}"
+        elif path is not None and path.is_dir():
+            problem = f"{path} cannot be written: it is a folder"
+    if plot_file is not None and importlib.util.find_spec("matplotlib") is None:
+        problem = "--plot needs matplotlib: pip install 'mpiddl[plots]'"
+    problem = broadcast_json(problem)
+    if problem:
+        raise OutputError(problem)
 
 
 def _one_of(table: str) -> Callable[[str], str]:
@@ -70,13 +77,9 @@ Check = Annotated[bool, typer.Option("--check/--no-check", help="Count wrong ele
 Fresh = Annotated[
     bool, typer.Option("--fresh", help="Write buffers before each call, outside of the time.")
 ]
-Json = Annotated[
-    Path | None, typer.Option("--json", callback=_writable, help="Write environment and rows.")
-]
-Csv = Annotated[Path | None, typer.Option("--csv", callback=_writable, help="Write rows.")]
-Plot = Annotated[
-    Path | None, typer.Option("--plot", callback=_drawable, help="Draw busbw and time, PNG.")
-]
+Json = Annotated[Path | None, typer.Option("--json", help="Write environment and rows.")]
+Csv = Annotated[Path | None, typer.Option("--csv", help="Write rows.")]
+Plot = Annotated[Path | None, typer.Option("--plot", help="Draw busbw and time, PNG.")]
 MinBusbw = Annotated[
     float | None,
     typer.Option(help="Exit 1 if `auto` is below this (GB/s) at the largest size: for acceptance."),
@@ -105,6 +108,7 @@ def _command(collective: str) -> Callable[..., None]:
         names = _names(algorithms, collective)
         plan = Plan(repeats, warmup, check, fresh)
         world = init()
+        _refuse_files(json_file, csv_file, plot_file)
         report = _Report(world)
         memory = measure_memory(world)
         limit = None
@@ -248,12 +252,16 @@ class _Report:
         problems = [
             f"{row.algorithm} is wrong at {row.nbytes} bytes" for row in self._rows if row.wrong
         ]
-        largest = max((row.nbytes for row in self._rows), default=0)
-        for row in self._rows:
-            if row.algorithm == "auto" and row.nbytes == largest and row.busbw < (min_busbw or 0):
-                problems.append(
-                    f"auto, {row.placement}: busbw {row.busbw:.2f} is below {min_busbw} GB/s"
-                )
+        if min_busbw is not None:
+            largest = max((row.nbytes for row in self._rows), default=0)
+            judged = [r for r in self._rows if r.algorithm == "auto" and r.nbytes == largest]
+            if not judged:
+                problems.append("--min-busbw judges auto, which was not measured")
+            problems += [
+                f"auto, {row.placement}: busbw {row.busbw:.2f} is below {min_busbw} GB/s"
+                for row in judged
+                if row.busbw < min_busbw
+            ]
         for problem in problems:
             self.say(f"FAILED: {problem}")
         if problems:

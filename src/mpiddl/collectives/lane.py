@@ -8,7 +8,6 @@ goes to one of two places by turns, so a rank may be a turn ahead of one that st
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
 from typing import NamedTuple
@@ -25,7 +24,7 @@ __all__ = ["LINE", "NOWHERE", "Lane", "Place"]
 LINE = 64
 """Bytes that one core owns at a time: counters of two ranks never share them."""
 HEADER = 3 * LINE  # the counter, then two notes
-NOTE = 32  # bytes: window, offset, address, weight
+NOTE = 40  # bytes: window, offset, address, weight, whether there is one
 MOST_CACHED = 1024
 
 
@@ -196,7 +195,8 @@ class Lane:
         self._noted[parity] = place, weight
         at = self._own + (1 + parity) * LINE // 8
         self.counters[at], self.counters[at + 1], self.counters[at + 2] = place
-        self._weights[at + 3] = math.nan if weight is None else weight
+        self._weights[at + 3] = 1.0 if weight is None else weight
+        self.counters[at + 4] = weight is not None
 
     def notes(self) -> tuple[list[Place], list[float] | None]:
         """What all ranks noted for the turn that is over; no weights if nobody has one."""
@@ -205,12 +205,8 @@ class Lane:
         for rank_at in self.counter_at:
             at = rank_at + line
             places.append(Place(counters[at], counters[at + 1], counters[at + 2]))
-            weight = self._weights[at + 3]
-            if weight != weight:  # NaN: none
-                weight = 1.0
-            else:
-                weighted = True
-            weights.append(weight)
+            weights.append(self._weights[at + 3])
+            weighted = weighted or counters[at + 4] != 0
         return places, weights if weighted else None
 
     def notes_as_bytes(self) -> list[bytes]:

@@ -12,6 +12,8 @@ from mpiddl.waits import AllOf, Waits
 __all__ = ["receive", "send"]
 
 NOTE_BYTES = 64
+_written_by_others: list[Buffer] = []
+"""A message may still come to these: they may not be used for anything else."""
 
 
 def send(buffer: Buffer, peer: int, channel: Channel) -> Waits[None]:
@@ -33,6 +35,7 @@ def receive(buffer: Buffer, peer: int, channel: Channel) -> Waits[None]:
     yield noted
     sent = bytes(note.tolist()).decode().strip()
     if sent != _describe(buffer):
+        _written_by_others.append(buffer)
         raise MismatchError(
             f"rank {peer} sent {sent}, rank {channel.rank} receives {_describe(buffer)}; pass a "
             "tensor of that dtype and number of elements, and match sends and receives by tag"

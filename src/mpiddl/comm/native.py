@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from mpiddl.comm.messages import RequestWait
@@ -47,7 +49,7 @@ class Native:
 
     def blocking(
         self, collective: str, send: tuple[int, int], receive: tuple[int, int], dtype: str, op: str
-    ) -> None:
+    ) -> Callable[[], None]:
         """One of the library's blocking collectives, which no generator can use: for comparison.
 
         Args:
@@ -57,21 +59,25 @@ class Native:
             receive: Address and bytes of the output.
             dtype: One of NATIVE_DTYPES; for those that only move, any.
             op: One of NATIVE_OPS.
+
+        Returns:
+            What runs it, with everything found out before.
         """
         from mpi4py import MPI
 
-        source, target = (MPI.memory.fromaddress(*memory) for memory in (send, receive))
-        if collective == "broadcast":
-            self._comm.Bcast([target, MPI.BYTE], 0)
-        elif collective == "all-gather":
-            self._comm.Allgather([source, MPI.BYTE], [target, MPI.BYTE])
-        elif collective == "all-to-all":
-            self._comm.Alltoall([source, MPI.BYTE], [target, MPI.BYTE])
-        else:
-            datatype = getattr(MPI, NATIVE_DTYPES[dtype])
-            operation = getattr(MPI, NATIVE_OPS[op])
-            if collective == "all-reduce":
-                self._comm.Allreduce(MPI.IN_PLACE, [target, datatype], operation)
-            else:
-                pair = [source, datatype], [target, datatype]
-                self._comm.Reduce_scatter_block(*pair, operation)
+        comm = self._comm
+        datatype = getattr(MPI, NATIVE_DTYPES.get(dtype, "BYTE"))
+        operation = getattr(MPI, NATIVE_OPS.get(op, "SUM"))
+        reduces = collective in ("all-reduce", "reduce-scatter")
+        kind = datatype if reduces else MPI.BYTE
+        source, target = ([MPI.memory.fromaddress(*memory), kind] for memory in (send, receive))
+        calls: dict[str, Callable[[], None]] = {
+            "all-reduce": functools.partial(comm.Allreduce, MPI.IN_PLACE, target, operation),
+            "broadcast": functools.partial(comm.Bcast, target, 0),
+            "reduce-scatter": functools.partial(
+                comm.Reduce_scatter_block, source, target, operation
+            ),
+            "all-gather": functools.partial(comm.Allgather, source, target),
+            "all-to-all": functools.partial(comm.Alltoall, source, target),
+        }
+        return calls[collective]

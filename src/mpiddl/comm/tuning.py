@@ -50,7 +50,7 @@ def tune_file(setting: str) -> Path:
     """``setting`` is MPIDDL_TUNE, empty for the default."""
     if setting:
         return Path(setting)
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(cache) / "mpiddl" / "tune.json"
 
 

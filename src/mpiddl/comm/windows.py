@@ -7,7 +7,9 @@ nothing of it stays behind when a rank is killed.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import functools
 import mmap
 import os
 import platform
@@ -184,10 +186,15 @@ def _create(nbytes: int) -> tuple[str | None, str | None]:
         if free < nbytes + RESERVE:
             return None, f"{format_bytes(free)} left in {FOLDER}"
         handle, path = tempfile.mkstemp(prefix=PREFIX, dir=FOLDER)
-        os.ftruncate(handle, nbytes)
-        os.close(handle)
     except OSError as error:
         return None, str(error)
+    try:
+        os.ftruncate(handle, nbytes)
+    except OSError as error:
+        os.unlink(path)
+        return None, str(error)
+    finally:
+        os.close(handle)
     return path, None
 
 
@@ -207,6 +214,7 @@ def _map(path: str, part_bytes: int, rank: int, size: int) -> tuple[mmap.mmap | 
         os.close(handle)
 
 
+@functools.cache
 def make_fence() -> Callable[[], object] | None:
     """What to call between data and flag, on both sides; None where the processor needs nothing.
 
@@ -219,5 +227,7 @@ def make_fence() -> Callable[[], object] | None:
 
     window = MPI.Win.Allocate_shared(1, comm=MPI.COMM_SELF)
     window.Lock_all()
+    atexit.register(window.Free)  # before MPI's own finalizer
+    atexit.register(window.Unlock_all)
     fence: Callable[[], object] = window.Sync
     return fence

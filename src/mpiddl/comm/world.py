@@ -134,6 +134,9 @@ class World:
         if color is None:
             return None
         group = World(part, self.launch, self.settings, self._device)
+        # The others still want their cores.
+        crowded = group.layout.crowded or self.layout.crowded
+        group.layout = dataclasses.replace(group.layout, crowded=crowded)
         part.Free()
         return group
 

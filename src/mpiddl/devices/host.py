@@ -35,8 +35,9 @@ class HostDevice:
 
     def empty(self, length: int, dtype: torch.dtype, world: World) -> Buffer:
         nbytes = length * dtype.itemsize
-        window = world.windows.allocate(nbytes) if nbytes and world.lane_window else None
-        if window is None:
+        # Of nothing too: ranks that ask for different sizes learn it there.
+        window = world.windows.allocate(max(1, nbytes)) if world.lane_window else None
+        if window is None or not length:
             return torch.empty(length, dtype=dtype, device="cpu")
         start = world.local_rank * window.part_bytes
         return torch.frombuffer(window.memory, dtype=dtype, count=length, offset=start)
@@ -107,7 +108,9 @@ def _accumulate(
     writes to ``last``."""
     (first, weight), rest = pairs[0], pairs[1:]
     out = total if rest else last
-    if weighted:
+    if weighted and first.dtype != out.dtype:  # 16 bits: torch.mul would round before it widens
+        out.copy_(first).mul_(weight)
+    elif weighted:
         torch.mul(first, weight, out=out)
     elif first is not out:
         out.copy_(first)

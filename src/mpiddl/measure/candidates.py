@@ -138,8 +138,7 @@ class _Library(InProcess):
         if adds and (dtype not in NATIVE_DTYPES or case.op not in NATIVE_OPS):
             raise UnsupportedBufferError(f"the MPI library has no {case.op} of {dtype}")
         pair = [(tensor.data_ptr(), tensor.nbytes) for tensor in (source, target)]
-        native = self._world.native
-        return lambda: native.blocking(case.collective, pair[0], pair[1], dtype, case.op)
+        return self._world.native.blocking(case.collective, pair[0], pair[1], dtype, case.op)
 
 
 class _Beside:

@@ -58,8 +58,11 @@ def count_wrong(
 
 def _values(rank: int, size: int, op: str) -> Values:
     if op == "prod":
-        return lambda index: 1 + ((index + rank) % size == 0).long()
-    modulus = 4 if 3 * size <= LARGEST_EXACT else 2
+        return lambda index: 1 + ((index + rank) % (2 * size + 1) == 0).long()
+    # Odd, since segments are mostly a power of two long and may not look alike; no divisor of the
+    # number of ranks, or sums would be the same everywhere.
+    fitting = (m for m in (5, 3, 7) if size % m and (m - 1) * size <= LARGEST_EXACT)
+    modulus = next(fitting, 2)
     return lambda index: (index + rank) % modulus
 
 

@@ -52,6 +52,7 @@ class Peer:
     def __init__(self, name: str, world: World) -> None:
         self.name = name
         self._world = world
+        self._over: str | None = None  # the same on every rank
         self._agree(_missing(name))
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         self._process = subprocess.Popen(  # noqa: S603 - this very program
@@ -82,12 +83,15 @@ class Peer:
         Raises:
             PeerError: On every rank, if one of them failed.
         """
+        if self._over is not None:
+            raise PeerError(self._over)
         self._process.send_signal(signal.SIGCONT)
         answer, problem = self._exchange({"name": name, "arguments": arguments})
         self._process.send_signal(signal.SIGSTOP)
         try:
             self._agree(problem)
-        except PeerError:
+        except PeerError as error:
+            self._over = str(error)
             self.close()
             raise
         return answer

@@ -32,17 +32,19 @@ def plot_bandwidth(path: Path, rows: Sequence[Row], limit: float | None, title: 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines: defaultdict[tuple[str, str], list[Row]] = defaultdict(list)
+    lines: defaultdict[tuple[str, str, str], list[Row]] = defaultdict(list)
     for row in rows:
-        lines[row.algorithm, row.placement].append(row)
+        lines[row.algorithm, row.placement, row.dtype].append(row)
+    several = len({row.dtype for row in rows}) > 1
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    for (algorithm, placement), line in lines.items():
+    for (algorithm, placement, dtype), line in lines.items():
         style: dict[str, Any] = {
             "color": COLOURS.get(algorithm, "#333333"),
             "linestyle": "-" if placement == "empty" else "--",
             "marker": "o" if placement == "empty" else "s",
             "markersize": 4,
-            "label": f"{algorithm}, {'mpiddl.empty' if placement == 'empty' else 'plain tensor'}",
+            "label": f"{algorithm}, {'mpiddl.empty' if placement == 'empty' else 'plain tensor'}"
+            + (f", {dtype}" if several else ""),
         }
         sizes = [row.nbytes for row in line]
         left.plot(sizes, [row.busbw for row in line], **style)

@@ -18,6 +18,7 @@ from mpiddl.errors import UnsupportedBufferError
 from mpiddl.measure.bandwidth import Plan, Row, measure
 from mpiddl.measure.candidates import Buffers, Candidate, Case, InProcess
 from mpiddl.overlap.arguments import new_channel, run
+from mpiddl.overlap.calls import all_reduce
 
 __all__ = ["choices_of", "tune"]
 
@@ -38,6 +39,8 @@ class _Way(InProcess):
 
     def bind(self, case: Case, source: torch.Tensor, target: torch.Tensor) -> Callable[[], Any]:
         algorithm, world = ALGORITHMS[self.algorithm], self._world
+        if algorithm.one_node and algorithm.lanes:  # by the short way, as auto would
+            return lambda: all_reduce(source, world=world)
         lanes = foreground_of(world) if algorithm.lanes else None
 
         def call() -> None:
@@ -51,6 +54,7 @@ def tune(world: World, sizes: Sequence[int], repeats: int) -> Iterator[Row]:
     """A row for every size, algorithm and chunk size, in ``mpiddl.empty`` memory where there is
     some. Collective; the same rows on every rank.
     """
+    world.tuned = []  # auto goes by the rules while it is measured
     placements = [Buffers(place, "all-reduce", max(sizes), world) for place in ("empty", "plain")]
     buffers = next(buffers for buffers in placements if buffers.usable)
     ways: list[Candidate] = []

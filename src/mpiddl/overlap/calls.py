@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, Literal, overload
 
 from mpiddl.collectives import barrier as barriers
@@ -72,7 +73,8 @@ def all_reduce(
         algorithm: ``auto``, ``shared``, ``hierarchical``, ``ring``, ``direct``, ``doubling``,
             ``library`` or ``reference``; default MPIDDL_ALGORITHM, else ``auto``.
         pre_scale: What this rank's floats are multiplied by before they are reduced; on every
-            rank or on none, but each may have its own. In sums it costs no extra pass.
+            rank or on none (else ranks get different results), but each may have its own. In sums
+            it costs no extra pass.
         post_scale: What the result is multiplied by, the same on every rank.
         async_: Return a ``Work`` at once; ``tensor`` must be left alone until its ``wait()``
             returns. Collectives are started in the same order on every rank, and may be waited
@@ -207,8 +209,8 @@ def broadcast_json(value: Any, root: int = 0, *, world: World | None = None) -> 
         ValueError: ``root`` is no rank.
     """
     world = world or current_world()
-    check_root(root, world)
-    check_call(lambda: f"broadcast_json(root={root})", None, world)
+    problem = _json_problem(value if root == world.rank else None, root, world)
+    check_call(lambda: f"broadcast_json(root={root})", problem, world)
     return run(world, objects.broadcast_json(value, root, new_channel(world)))
 
 
@@ -220,7 +222,16 @@ def gather_json(value: Any, root: int | None = None, *, world: World | None = No
         root: The rank that gets the list (the others get None); default every rank.
     """
     world = world or current_world()
-    if root is not None:
-        check_root(root, world)
-    check_call(lambda: f"gather_json(root={root})", None, world)
+    problem = _json_problem(value, root or 0, world)
+    check_call(lambda: f"gather_json(root={root})", problem, world)
     return run(world, objects.gather_json(value, root, new_channel(world)))
+
+
+def _json_problem(value: Any, root: int, world: World) -> Exception | None:
+    """Found before anything is sent, so that ranks can tell each other."""
+    try:
+        check_root(root, world)
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        return error
+    return None

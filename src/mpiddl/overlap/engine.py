@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from mpiddl.comm.world import World
+from mpiddl.errors import NotInitializedError
 from mpiddl.log import logger
 from mpiddl.overlap.work import Work
 from mpiddl.waits import ALREADY, Pause, Wait, Waits
@@ -123,6 +124,8 @@ class Engine:
             self._collect()
             left = [work for work in self._in_flight if work.world is world]
             self._in_flight = [work for work in self._in_flight if work.world is not world]
+            for work in left:
+                work.give_up(NotInitializedError("its world was closed before it was complete"))
         if left:
             logger.warning("%d collectives were never waited for; call work.wait()", len(left))
 

@@ -1,8 +1,8 @@
 """The short way for blocking all-reduces on one node.
 
 The same turns in the same lane as ``collectives/shared.py``, so other ranks may take either way;
-but what is known from the call before is not worked out again, and a small buffer needs neither a
-generator nor a queue: these cost more than the exchange itself.
+but what is known from the call before is not worked out again, and where nobody is late, buffers
+that are small or in windows need neither a generator nor a queue: these cost more than to add.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mpiddl.devices.host import HOST
 from mpiddl.errors import UnsupportedBufferError
 from mpiddl.overlap.engine import PATIENCE, Engine, engine_of
 from mpiddl.segments import split
-from mpiddl.waits import Pause, Wait
+from mpiddl.waits import Waits
 
 __all__ = ["Quick", "quick_of"]
 
@@ -43,15 +43,16 @@ class _Plan(NamedTuple):
         weight: Of every rank.
         weights: The same, as a list.
         shown: Per lane and place: where all ranks show their buffers, and this rank's address;
-            empty for large buffers.
-        met: What all ranks noted -> how their buffers are reduced; None: not in one piece.
+            empty for large buffers, None until it is first used.
+        met: What all ranks noted -> how their buffers are reduced; None: not in one piece, or not
+            all in one window.
     """
 
     op: str
     nbytes: int
     weight: float | None
     weights: list[float] | None
-    shown: list[list[tuple[list[Buffer], int]]]
+    shown: list[list[tuple[list[Buffer], int] | None]]
     met: dict[tuple[bytes, ...], _Met | None]
 
 
@@ -79,7 +80,7 @@ class Quick:
         self._foreground = foreground
         self._engine = engine
         self._next_tag = world.tags.foreground
-        self._plans: dict[tuple[str, torch.dtype, int], _Plan] = {}
+        self._plans: dict[tuple[str, torch.dtype, int], _Plan | None] = {}
 
     def all_reduce(self, tensor: Any, op: str) -> bool:
         """Reduce ``tensor`` if it can go this way; False if nothing was done."""
@@ -94,7 +95,10 @@ class Quick:
         ):
             return False
         key = (op, tensor.dtype, tensor.numel())
-        plan = self._plans.get(key) or self._prepare(*key)
+        try:
+            plan = self._plans[key]
+        except KeyError:
+            plan = self._plan(*key)
         if plan is None or not self._engine.enter():
             return False
         try:
@@ -104,7 +108,10 @@ class Quick:
             self._next_tag()  # as on the long way, which other ranks may take
             buffer = tensor if tensor.dim() == 1 else tensor.view(-1)
             if plan.shown:
-                shown, own_address = plan.shown[lane.number][(lane.turn + 1) & 1]
+                parity = (lane.turn + 1) & 1
+                shown, own_address = plan.shown[lane.number][parity] or _show(
+                    plan, lane, parity, buffer
+                )
                 _copy(own_address, tensor.data_ptr(), plan.nbytes)
                 place = NOWHERE
             else:
@@ -113,12 +120,12 @@ class Quick:
             came = lane.has_come(turn, PATIENCE)
         finally:
             self._engine.leave()
-        if not came:
-            self._outlast(lane.all_at(turn))
-        if plan.shown:
+        if not came:  # another rank is late: help on whatever else is in flight
+            self._engine.run(_finish_late(buffer, plan.op, lane, turn), self._world)
+        elif plan.shown:
             HOST.combine(plan.op, shown, plan.weights, buffer)
             lane.leave()
-        elif not self._reduce_in_place(buffer, plan, lane):
+        elif not (place.window and self._reduce_in_place(buffer, plan, lane)):
             self._engine.run(finish(buffer, plan.op, lane, HOST), self._world)
         return True
 
@@ -137,13 +144,20 @@ class Quick:
         for other in met.others:
             other.copy_(met.mine)
         turn = lane.raise_counter()
-        if not lane.has_come(turn, PATIENCE):
-            self._outlast(lane.all_at(turn))
-        lane.leave()
+        if lane.has_come(turn, PATIENCE):
+            lane.leave()
+        else:
+            self._engine.run(_leave_late(lane, turn), self._world)
         return True
 
+    def _plan(self, op: str, dtype: torch.dtype, length: int) -> _Plan | None:
+        """Make and keep a plan; None where the long way is right, or has something to say."""
+        if len(self._plans) >= MOST_PLANS:
+            self._plans.clear()
+        plan = self._plans[op, dtype, length] = self._prepare(op, dtype, length)
+        return plan
+
     def _prepare(self, op: str, dtype: torch.dtype, length: int) -> _Plan | None:
-        """None where the long way is right, or has something to say."""
         if dtype not in DTYPES:
             return None
         nbytes, size = length * dtype.itemsize, self._world.size
@@ -154,27 +168,26 @@ class Quick:
             return None
         if chosen.algorithm.run is not shared_all_reduce:
             return None
-        if len(self._plans) >= MOST_PLANS:
-            self._plans.clear()
-        shown = []
-        if nbytes <= SMALL_BYTES:
-            like = torch.empty(length, dtype=dtype, device="cpu")
-            for lane in self._foreground.lanes:
-                pair = [lane.shown(like, place) for place in (0, 1)]
-                shown.append([(views, views[lane.rank].data_ptr()) for views in pair])
+        lanes = self._foreground.lanes if nbytes <= SMALL_BYTES else []
         weight = reduction.weight
         weights = None if weight is None else [weight] * size
-        plan = self._plans[op, dtype, length] = _Plan(
-            reduction.op, nbytes, weight, weights, shown, {}
-        )
-        return plan
+        return _Plan(reduction.op, nbytes, weight, weights, [[None, None] for _ in lanes], {})
 
-    def _outlast(self, wait: Wait) -> None:
-        """Another rank is late: help on whatever else is in flight."""
-        pause = Pause(self._world.layout.crowded)
-        while not wait.done():
-            self._engine.poll()
-            pause()
+
+def _show(plan: _Plan, lane: Lane, parity: int, like: Buffer) -> tuple[list[Buffer], int]:
+    views = lane.shown(like, parity)
+    shown = plan.shown[lane.number][parity] = views, views[lane.rank].data_ptr()
+    return shown
+
+
+def _finish_late(buffer: Buffer, op: str, lane: Lane, turn: int) -> Waits[None]:
+    yield lane.all_at(turn)
+    yield from finish(buffer, op, lane, HOST)
+
+
+def _leave_late(lane: Lane, turn: int) -> Waits[None]:
+    yield lane.all_at(turn)
+    lane.leave()
 
 
 def _meet(buffer: Buffer, lane: Lane) -> _Met | None:

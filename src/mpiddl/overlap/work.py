@@ -57,6 +57,11 @@ class Work:
         """Whether the collective is complete, without helping it on."""
         return self._complete
 
+    def give_up(self, error: BaseException) -> None:
+        """Never to be advanced again; ``wait`` raises ``error``. Engine only."""
+        self._error = error
+        self._complete = True
+
     def advance(self) -> bool:
         """Run the generator as far as it goes; True if it went on at all. Engine only."""
         if self._complete:
@@ -70,8 +75,7 @@ class Work:
             self._result = end.value if self._result is None else self._result
             self._complete = True
         except BaseException as error:
-            self._error = error
-            self._complete = True
+            self.give_up(error)
             if not isinstance(error, Exception):  # Ctrl-C: also for whoever happened to poll
                 raise
         return moved
