@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mpiddl.cli.arguments import check_sizes
 from mpiddl.units import format_bytes, parse_sizes
+
+if TYPE_CHECKING:
+    from mpiddl.comm.world import World
+    from mpiddl.measure.bandwidth import Row
 
 __all__ = ["tune"]
 
@@ -28,10 +33,9 @@ def tune(
     Run it once with the number of hosts and ranks per host that jobs will have. The file is read
     when a job starts, by rank 0, for all.
     """
-    from mpiddl.comm.tuning import cluster_name, tune_file, write_choices
+    from mpiddl.comm.tuning import cluster_name
     from mpiddl.comm.world import init
     from mpiddl.errors import OutputError
-    from mpiddl.measure.tune import choices_of
     from mpiddl.measure.tune import tune as measured
     from mpiddl.overlap.calls import broadcast_json
 
@@ -48,20 +52,26 @@ def tune(
             way = f"{name}/{format_bytes(int(chunk))}"
             line = f"{way:<24}  {row.seconds * 1e6:>10.1f}  {row.busbw:>7.2f}"
             typer.echo(f"{format_bytes(row.nbytes):>8}  {line}")
-    problem = None
-    if speaks:
-        path = file or tune_file(world.settings.tune)
-        choices = choices_of(rows)
-        for choice in choices:
-            border = "any size" if choice.up_to is None else f"up to {format_bytes(choice.up_to)}"
-            chunk = format_bytes(choice.chunk_bytes)
-            typer.echo(f"{border}: {choice.algorithm}, chunks of {chunk}")
-        today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
-        try:
-            write_choices(path, cluster_name(world.layout), today, choices)
-            typer.echo(f"written to {path}")
-        except OSError as error:
-            problem = f"{path} cannot be written: {error.strerror}; pass --file"
+    problem = _conclude(world, rows, file) if speaks else None
     problem = broadcast_json(problem)
     if problem:
         raise OutputError(problem)
+
+
+def _conclude(world: World, rows: Sequence[Row], file: Path | None) -> str | None:
+    """On rank 0: say what is fastest and write it; what went wrong."""
+    from mpiddl.comm.tuning import cluster_name, tune_file, write_choices
+    from mpiddl.measure.tune import choices_of
+
+    path = file or tune_file(world.settings.tune)
+    choices = choices_of(rows)
+    for choice in choices:
+        border = "any size" if choice.up_to is None else f"up to {format_bytes(choice.up_to)}"
+        typer.echo(f"{border}: {choice.algorithm}, chunks of {format_bytes(choice.chunk_bytes)}")
+    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    try:
+        write_choices(path, cluster_name(world.layout), today, choices)
+    except OSError as error:
+        return f"{path} cannot be written: {error.strerror}; pass --file"
+    typer.echo(f"written to {path}")
+    return None
