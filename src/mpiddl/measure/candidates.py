@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -87,7 +88,7 @@ class Buffers:
         return pair[0], pair[1]
 
 
-class InProcess:
+class InProcess(ABC):
     """A collective that this process runs."""
 
     def __init__(self, name: str, buffers: Buffers, world: World) -> None:
@@ -110,9 +111,9 @@ class InProcess:
     def time(self, calls: int, fresh: bool) -> float:
         return seconds_of(self._call, calls, mpiddl.barrier, self._source if fresh else None)
 
+    @abstractmethod
     def bind(self, case: Case, source: torch.Tensor, target: torch.Tensor) -> Callable[[], Any]:
         """What ``time`` calls."""
-        raise NotImplementedError
 
 
 class _Own(InProcess):

@@ -9,6 +9,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mpiddl.measure.bandwidth import Row
 from mpiddl.units import format_bytes
 
@@ -43,7 +45,7 @@ HEADINGS = _join(list(_WIDTHS))
 
 def line_of(row: Row, limit: float | None) -> str:
     """A line under HEADINGS; ``limit`` is the busbw that memory allows."""
-    count = row.nbytes // _ITEMSIZES[row.dtype]
+    count = row.nbytes // getattr(torch, row.dtype).itemsize
     cells = [format_bytes(row.nbytes), str(count), row.dtype, row.op, row.algorithm, row.placement]
     cells += [f"{row.seconds * 1e6:.1f}", f"{row.seconds_p99 * 1e6:.1f}"]
     cells += [_gbps(row.algbw), _gbps(row.busbw)]
@@ -55,19 +57,6 @@ def line_of(row: Row, limit: float | None) -> str:
 def _gbps(value: float) -> str:
     """Two decimals, more for a slow network."""
     return f"{value:.2f}" if value >= 1 else f"{value:.4f}"
-
-
-_ITEMSIZES = {
-    "float64": 8,
-    "float32": 4,
-    "float16": 2,
-    "bfloat16": 2,
-    "int64": 8,
-    "int32": 4,
-    "int16": 2,
-    "int8": 1,
-    "uint8": 1,
-}
 
 
 def headline(environment: dict[str, Any]) -> str:
