@@ -14,7 +14,7 @@ from typing import Any
 from mpiddl.errors import SettingsError
 from mpiddl.units import format_bytes, parse_bytes
 
-__all__ = ["ALGORITHM_NAMES", "Settings", "read"]
+__all__ = ["ALGORITHM_NAMES", "ENGINES", "Settings", "read"]
 
 PREFIX = "MPIDDL_"
 ALGORITHM_NAMES = (
@@ -27,6 +27,8 @@ ALGORITHM_NAMES = (
     "library",
     "reference",
 )
+
+ENGINES = ("auto", "inline", "thread")
 
 
 def _parse_flag(text: str) -> bool:
@@ -44,6 +46,16 @@ def _at_least(least: int) -> Callable[[str], int]:
         return nbytes
 
     return parse
+
+
+def _bucket_size(text: str) -> int | str:
+    return text if text == "auto" else _at_least(1)(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"{text!r} is not a number of at least 1")
+    return int(text)
 
 
 def _one_of(*valid: str) -> Callable[[str], str]:
@@ -67,13 +79,14 @@ class Settings:
         "auto", _one_of(*ALGORITHM_NAMES), "all-reduce algorithm where a call names none"
     )
     check: bool = _setting(False, _parse_flag, "compare shape, dtype and op of every call")
-    bucket_size: int = _setting(25 << 20, _at_least(1), "largest gradient bucket")
+    bucket_size: int | str = _setting(4 << 20, _bucket_size, "largest gradient bucket, or auto")
     chunk_size: int = _setting(512 << 10, _at_least(4096), "unit of pipelining in the ring")
     single_copy: bool = _setting(
         True, _parse_flag, "let the ranks of a node read and write each other's memory"
     )
     tune: str = _setting("", str, "file of what `mpiddl tune` measured")
-    engine: str = _setting("auto", _one_of("auto", "inline", "thread"), "who drives collectives")
+    engine: str = _setting("auto", _one_of(*ENGINES), "who drives collectives")
+    engine_threads: int = _setting(1, _count, "torch threads of the engine's own thread")
 
 
 def read(environ: Mapping[str, str]) -> Settings:

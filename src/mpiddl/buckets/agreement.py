@@ -41,7 +41,8 @@ def describe(plan: BucketPlan, state: Sequence[ParameterSpec], algorithm: str) -
     trained = {spec.name for spec in plan.parameters}
     lines = [_describe_tensor(spec, spec.name in trained) for spec in state]
     lines += [
-        f"bucket {number}: {bucket.dtype}, {bucket.length} elements, parameters {bucket.members}"
+        f"bucket {number}: {bucket.dtype}, elements {bucket.start} to {bucket.stop}, "
+        f"parameters {bucket.members}"
         for number, bucket in enumerate(plan.buckets)
     ]
     return [*lines, f"algorithm {algorithm}"]

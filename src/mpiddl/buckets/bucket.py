@@ -1,16 +1,13 @@
-"""A bucket's memory, and gradients as views of it."""
+"""A bucket: gradients that are reduced as one buffer."""
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
 
-import torch
-
-from mpiddl.buckets.plan import ParameterSpec, PlannedBucket
+from mpiddl.buckets.plan import PlannedBucket
 from mpiddl.devices.base import Buffer
 
-__all__ = ["Bucket", "State", "spec_of"]
+__all__ = ["Bucket", "State"]
 
 
 class State(enum.Enum):
@@ -22,64 +19,26 @@ class State(enum.Enum):
     COMPLETE = "complete"
 
 
-def spec_of(name: str, parameter: torch.Tensor) -> ParameterSpec:
-    """What ranks must agree on about a parameter or buffer.
-
-    A gradient has the parameter's own strides (channels_last too) where these are gapless,
-    else the nearest gapless ones.
-    """
-    strides = torch.empty_like(parameter, device="meta").stride()
-    dtype = str(parameter.dtype).removeprefix("torch.")
-    return ParameterSpec(name, tuple(parameter.shape), strides, dtype, parameter.dtype.itemsize)
-
-
 class Bucket:
-    """Gradients of one dtype in one contiguous buffer.
+    """One stretch of gradients.
 
-    Gradients exist once: after ``take`` a parameter's ``grad`` is a view of ``buffer``.
+    Attributes:
+        number: In plan order.
+        buffer: The gradients' memory.
+        members: Parameters (their places in the model) whose gradients are in it.
+        num_missing: How many of their gradients are not here yet.
+        state: What has become of it in this step.
     """
 
-    def __init__(
-        self,
-        planned: PlannedBucket,
-        specs: Sequence[ParameterSpec],
-        parameters: Sequence[torch.nn.Parameter],
-        buffer: Buffer,
-    ) -> None:
-        self.parameters = {member: parameters[member] for member in planned.members}
+    __slots__ = ("buffer", "members", "num_missing", "number", "state")
+
+    def __init__(self, number: int, planned: PlannedBucket, buffer: Buffer) -> None:
+        self.number = number
         self.buffer = buffer
-        self._views = {
-            member: self.buffer.as_strided(specs[member].shape, specs[member].strides, offset)
-            for member, offset in zip(planned.members, planned.offsets, strict=True)
-        }
+        self.members = planned.members
         self.reset()
 
     def reset(self) -> None:
         """Filling again: no gradient of the coming backward is here."""
-        self.missing = set(self._views)
+        self.num_missing = len(self.members)
         self.state = State.FILLING
-
-    def take(self, member: int) -> None:
-        """Bring a fresh gradient in and make ``grad`` a view of the buffer.
-
-        Autograd leaves the gradient in one of three places: in the view itself, which it added
-        to; in a tensor of its own, where ``grad`` was None; or in whatever tensor the user
-        had put there. The copy is made while the gradient is hot in the cache.
-        """
-        parameter, view = self.parameters[member], self._views[member]
-        gradient = parameter.grad
-        assert gradient is not None
-        if gradient is not view:
-            if gradient.data_ptr() != view.data_ptr() or gradient.stride() != view.stride():
-                view.copy_(gradient.detach())
-            parameter.grad = view
-        self.missing.discard(member)
-
-    def take_zeros(self) -> None:
-        """A rank without samples: what is here already stays, a gradient that is None is zero."""
-        for member in sorted(self.missing):
-            parameter = self.parameters[member]
-            if parameter.grad is None:
-                self._views[member].zero_()
-                parameter.grad = self._views[member]
-            self.take(member)

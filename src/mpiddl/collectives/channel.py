@@ -8,11 +8,11 @@ from copy import copy
 import torch
 
 from mpiddl.collectives.lane import Lane
-from mpiddl.comm.messages import Messages
+from mpiddl.comm.messages import Credits, Messages
 from mpiddl.comm.native import Native
 from mpiddl.comm.world import World
 from mpiddl.devices.base import Buffer
-from mpiddl.waits import Wait
+from mpiddl.waits import ALREADY, Wait
 
 __all__ = ["Channel", "bytes_of"]
 
@@ -28,17 +28,34 @@ class Channel:
         tag: From ``world.tags``.
         native: For algorithms that the MPI library runs; default the world's own.
         lane: For algorithms that go through shared memory.
+        room: For messages beyond the first that is outstanding; default without a bound.
 
     Attributes:
         layout: Which of the world's ranks are on which node.
     """
 
-    __slots__ = ("_ranks", "lane", "layout", "messages", "native", "rank", "size", "tag")
+    __slots__ = (
+        "_ranks",
+        "_room",
+        "lane",
+        "layout",
+        "messages",
+        "native",
+        "rank",
+        "size",
+        "tag",
+    )
 
     def __init__(
-        self, world: World, tag: int, native: Native | None = None, lane: Lane | None = None
+        self,
+        world: World,
+        tag: int,
+        native: Native | None = None,
+        lane: Lane | None = None,
+        room: Credits | None = None,
     ) -> None:
         self.native = native or world.native
+        self._room = room
         self.lane = lane
         self.layout = world.layout
         self.messages: Messages = world.messages
@@ -59,9 +76,39 @@ class Channel:
         """``buffer`` must stay as it is until the wait is done."""
         return self.messages.send(buffer.data_ptr(), buffer.nbytes, self._ranks[peer], self.tag)
 
+    def room_after(self, outstanding: Sequence[Wait]) -> Wait:
+        """Done when one more message may be sent after these, which are not known to be done.
+
+        What is posted first goes first. So collectives that have sent much wait here, where the
+        engine asks the most urgent one first.
+        """
+        if self._room is None or not outstanding:
+            return ALREADY
+        return _Room(self._room, outstanding)
+
+    def send_after(self, outstanding: Sequence[Wait], buffer: Buffer, peer: int) -> Wait:
+        """As ``send``; counts for ``room_after`` unless it is the only one outstanding."""
+        wait = self.send(buffer, peer)
+        if self._room is not None and outstanding:
+            self._room.take(wait)
+        return wait
+
     def receive(self, buffer: Buffer, peer: int) -> Wait:
         """``buffer`` holds what ``peer`` sent once the wait is done."""
         return self.messages.receive(buffer.data_ptr(), buffer.nbytes, self._ranks[peer], self.tag)
+
+
+class _Room:
+    """Done when there is a credit, or none is needed."""
+
+    __slots__ = ("_outstanding", "_room")
+
+    def __init__(self, room: Credits, outstanding: Sequence[Wait]) -> None:
+        self._room = room
+        self._outstanding = outstanding
+
+    def done(self) -> bool:
+        return self._room.left or all(send.done() for send in self._outstanding)
 
 
 def bytes_of(tensor: torch.Tensor) -> Buffer:

@@ -10,6 +10,9 @@ from mpiddl.devices.base import Buffer
 __all__ = ["Foreground", "foreground_of", "kept_lanes", "place_of"]
 
 KEPT_BYTES = 64 << 10
+LEAST_KEPT_BYTES = 4 << 10
+ALL_KEPT_BYTES = 4 << 20
+"""Of many lanes each has less room."""
 
 
 class Foreground:
@@ -55,7 +58,8 @@ def kept_lanes(world: World, count: int) -> list[Lane] | list[None]:
 
     Collective. There is room for small buffers; larger ones should be in windows themselves.
     """
-    window = world.windows.allocate(count * KEPT_BYTES) if world.lane_window else None
+    nbytes = min(KEPT_BYTES, max(LEAST_KEPT_BYTES, ALL_KEPT_BYTES // max(1, count)))
+    window = world.windows.allocate(count * nbytes) if world.lane_window else None
     return [None] * count if window is None else _cut(world, window, count)
 
 

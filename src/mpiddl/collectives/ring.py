@@ -70,7 +70,8 @@ def ring_all_reduce(
                 receives.append(channel.receive(incoming, left))
                 if step == 0 and reduction.weight is not None:
                     device.scale(outgoing, reduction.weight)
-                sends.append(channel.send(outgoing, right))
+                yield channel.room_after(sends)
+                sends.append(channel.send_after(sends, outgoing, right))
             if turn >= lag:
                 yield receives.popleft()
                 step, index = turns[turn - lag]

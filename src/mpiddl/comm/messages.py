@@ -17,7 +17,7 @@ from mpiddl.waits import ALREADY, AllOf, Wait
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-__all__ = ["LARGEST_MESSAGE", "Messages", "RequestWait", "Tags"]
+__all__ = ["LARGEST_MESSAGE", "Credits", "Messages", "RequestWait", "Tags"]
 
 LARGEST_MESSAGE = 1 << 30
 """Bytes per MPI message: counts stay below 2**31 on every MPI."""
@@ -30,6 +30,29 @@ class RequestWait:
 
     def __init__(self, request: MPI.Request) -> None:
         self.done: Callable[[], bool] = request.Test
+
+
+class Credits:
+    """A bound on sends in flight, so that an urgent message is not behind a long queue.
+
+    Only for what a collective sends beyond its first outstanding message: one each may always be
+    in flight, or collectives that ranks start in different orders could wait in a circle.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._sends: list[Wait] = []
+
+    def take(self, send: Wait) -> None:
+        """Count ``send`` until it is done."""
+        self._sends.append(send)
+
+    @property
+    def left(self) -> bool:
+        """Whether there is room for one more."""
+        if len(self._sends) >= self._limit:
+            self._sends = [send for send in self._sends if not send.done()]
+        return len(self._sends) < self._limit
 
 
 class Messages:

@@ -7,6 +7,7 @@ import math
 import os
 import threading
 import time
+from bisect import insort
 from collections import deque
 from collections.abc import Collection
 from typing import Any
@@ -16,10 +17,10 @@ import torch
 from mpiddl.comm.world import World
 from mpiddl.errors import NotInitializedError
 from mpiddl.log import logger
-from mpiddl.overlap.work import Work
+from mpiddl.overlap.work import Label, Work
 from mpiddl.waits import ALREADY, Pause, Wait, Waits
 
-__all__ = ["PATIENCE", "Engine", "engine_of"]
+__all__ = ["PATIENCE", "Engine", "engine_of", "may_thread"]
 
 PATIENCE = 100
 """Fruitless looks at a wait before others are helped on."""
@@ -33,31 +34,58 @@ class Engine:
     hand-over to another thread and back costs more than a small all-reduce. Whoever waits helps
     all others on, so no order of waits can keep another rank waiting.
 
+    Inline, collectives go on whenever a gradient becomes ready, at the end of backward, and in
+    every wait. Works that are ``threaded`` are polled by a daemon thread as well.
+
     Args:
-        mode: ``"inline"``: collectives go on whenever a gradient becomes ready, at the end of
-            backward, and in every wait. ``"thread"``: a daemon thread polls as well.
+        threaded: What works are that do not say.
         crowded: More ranks than cores: who waits leaves the core to others at once.
+        torch_threads: Of the thread, for additions.
     """
 
-    def __init__(self, mode: str, crowded: bool = False) -> None:
-        self.mode = mode
+    NUDGE_SECONDS = 100e-6
+    """Nudges are not closer together: hooks of small gradients come every few microseconds, and to
+    look at everything in flight costs as much."""
+
+    def __init__(
+        self, threaded: bool = False, crowded: bool = False, torch_threads: int = 1
+    ) -> None:
+        self._threaded = threaded
         self._crowded = crowded
+        self._torch_threads = torch_threads
         self._lock = threading.Lock()
         self._submitted: deque[Work] = deque()  # not seen by a poll yet; appended without the lock
-        self._in_flight: list[Work] = []
+        self._in_flight: list[Work] = []  # the most urgent first
+        self._polled = 0.0
         self._drivers: deque[None] = deque()  # callers that wait: the thread stands back for them
         self._wake = threading.Event()
         self._stopping = False
         self._thread: threading.Thread | None = None
 
-    def submit(self, waits: Waits[Any], world: World, result: Any = None) -> Work:
+    def submit(
+        self,
+        waits: Waits[Any],
+        world: World,
+        result: Any = None,
+        *,
+        priority: int = 0,
+        threaded: bool | None = None,
+        label: Label | None = None,
+    ) -> Work:
         """Start a collective of ``world``.
 
-        ``result`` is what its ``wait()`` returns; default is what the generator returns.
+        Args:
+            waits: The collective.
+            world: Whose it is.
+            result: What its ``wait()`` returns; default is what the generator returns.
+            priority: Those with higher ones are polled first, and post their chunks first.
+            threaded: Whether the engine's thread polls it too.
+            label: Under which its end is recorded.
         """
-        work = Work(self, waits, world, result)
+        threaded = self._threaded if threaded is None else threaded
+        work = Work(self, waits, world, result, priority=priority, threaded=threaded, label=label)
         self._submitted.append(work)
-        if self.mode == "thread":
+        if threaded:
             self._start_thread()
             self._wake.set()
         else:
@@ -92,6 +120,11 @@ class Engine:
     def leave(self) -> None:
         """End what ``enter`` began."""
         self._lock.release()
+
+    def nudge(self) -> None:
+        """As ``poll``, unless nothing is in flight or a poll was a moment ago."""
+        if self._in_flight and time.perf_counter() - self._polled >= self.NUDGE_SECONDS:
+            self.poll()
 
     def poll(self) -> None:
         """Help everything in flight on by one round, unless another thread is at it."""
@@ -138,7 +171,7 @@ class Engine:
 
     def _collect(self) -> None:
         while self._submitted:
-            self._in_flight.append(self._submitted.popleft())
+            insort(self._in_flight, self._submitted.popleft(), key=_urgency)
 
     def _round(self) -> bool:
         """Advance every work once; True if any went on. Under the lock."""
@@ -148,7 +181,9 @@ class Engine:
             for work in self._in_flight:
                 moved |= work.advance()
         finally:
-            self._in_flight = [work for work in self._in_flight if not work.complete]
+            if moved:
+                self._in_flight = [work for work in self._in_flight if not work.complete]
+            self._polled = time.perf_counter()
         return moved
 
     def _start_thread(self) -> None:
@@ -159,7 +194,7 @@ class Engine:
 
     def _loop(self) -> None:
         # Each thread that calls torch gets an OpenMP pool of its own; this one only adds.
-        torch.set_num_threads(1)
+        torch.set_num_threads(self._torch_threads)
         # A user's buffer may have been made in inference mode, and autograd has no part in this.
         with torch.inference_mode():
             self._poll_until_stopped()
@@ -167,7 +202,7 @@ class Engine:
     def _poll_until_stopped(self) -> None:
         pause = Pause(self._crowded)
         while not self._stopping:
-            if self._drivers or not (self._in_flight or self._submitted):
+            if self._drivers or not self._any_threaded():
                 self._wake.wait()
                 self._wake.clear()
                 pause.reset()
@@ -178,6 +213,13 @@ class Engine:
                 pause.reset()
             else:
                 pause()
+
+    def _any_threaded(self) -> bool:
+        return bool(self._submitted) or any(work.threaded for work in self._in_flight)
+
+
+def _urgency(work: Work) -> int:
+    return -work.priority
 
 
 _engine: Engine | None = None
@@ -192,19 +234,18 @@ def engine_of(world: World) -> Engine:
     global _engine
     world.check_open()
     if _engine is None:
-        _engine = Engine(_mode(world), world.layout.crowded)
+        _engine = Engine(
+            threaded=may_thread(world) and world.settings.engine == "thread",
+            crowded=world.layout.crowded,
+            torch_threads=world.settings.engine_threads,
+        )
         atexit.register(_engine.stop)  # before MPI's own finalizer
     world.at_close(_engine.abandon)
     return _engine
 
 
-def _mode(world: World) -> str:
-    """Inline where threads may not share MPI, or where nothing else was asked for.
-
-    On CPUs a thread takes the cycles that it is meant to save: computing ranks own their cores.
-    """
-    wanted = world.settings.engine
-    if wanted == "thread" and not world.allows_threads:
+def may_thread(world: World) -> bool:
+    """Whether the engine may have a thread; where one was asked for in vain, says so."""
+    if world.settings.engine == "thread" and not world.allows_threads:
         logger.warning("this MPI grants no MPI_THREAD_MULTIPLE: the engine runs inline")
-        return "inline"
-    return "inline" if wanted == "auto" else wanted
+    return world.allows_threads

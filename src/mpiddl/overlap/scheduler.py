@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from mpiddl.buckets.bucket import Bucket, State
+from mpiddl.buckets.gradients import Gradients
 from mpiddl.errors import GradientError
+from mpiddl.events import Kind, record
 from mpiddl.overlap.engine import Engine
 from mpiddl.overlap.work import Work
 
@@ -13,36 +16,45 @@ __all__ = ["Scheduler"]
 
 LEFT_OVER_SECONDS = 10.0
 
-Reduce = Callable[[int], Work]
-"""Starts the all-reduce of the bucket with this number."""
+Start = Callable[[Bucket], Work]
+"""Starts the all-reduce of a bucket."""
 
 
 class Scheduler:
-    """Launches each bucket as soon as its last gradient is there.
+    """Starts each bucket's all-reduce as soon as its last gradient is there.
 
     Args:
-        buckets: In plan order.
+        gradients: With their buckets, in plan order.
         names: The parameters' names, in model order, for errors.
-        ordered: Launch strictly in plan order, for algorithms that a library runs.
-        engine: Drives what was launched.
+        model: Number of the model, in events.
+        ordered: Start strictly in plan order, for algorithms that a library runs.
+        engine: Drives what was started.
+
+    Attributes:
+        arrived: Parameters in the order in which their gradients came in this backward.
+        works: Of each bucket, in this backward; None before it is started.
+        exposed: Seconds that ``wait`` has spent on each bucket so far.
     """
 
     def __init__(
         self,
-        buckets: Sequence[Bucket],
+        gradients: Gradients,
         names: Sequence[str],
+        model: int,
         ordered: bool,
         engine: Engine,
     ) -> None:
-        self._buckets = buckets
+        self._gradients = gradients
+        self._buckets = gradients.buckets
         self._names = names
+        self._model = model
         self._ordered = ordered
         self._engine = engine
-        self._bucket_of = {
-            member: number for number, bucket in enumerate(buckets) for member in bucket.missing
-        }
-        self._works: list[Work] = []
-        self._launched = 0  # with ordered: buckets launched so far
+        self._started = 0  # with ordered: buckets started so far
+        self._came = [False] * len(names)
+        self.arrived: list[int] = []
+        self.works: list[Work | None] = [None] * len(self._buckets)
+        self.exposed = [0.0] * len(self._buckets)
 
     def begin(self) -> None:
         """A backward starts: every bucket is filling.
@@ -52,81 +64,93 @@ class Scheduler:
                 flight: writing to them now would spoil what other ranks receive.
         """
         # Where all ranks met the same error all have sent the same buckets, and they complete.
-        self._engine.drive(self._works, LEFT_OVER_SECONDS)
-        if not all(work.complete for work in self._works):
+        works = [work for work in self.works if work is not None]
+        self._engine.drive(works, LEFT_OVER_SECONDS)
+        if not all(work.complete for work in works):
             raise GradientError(
                 "an earlier backward of this model raised while buckets were in flight, and other "
                 "ranks have not sent theirs: the model cannot go on. Let the first error end "
                 "the job"
             )
-        self._works, self._launched = [], 0
+        self.works, self._started = [None] * len(self._buckets), 0
+        self._came, self.arrived = [False] * len(self._came), []
         for bucket in self._buckets:
             bucket.reset()
 
-    def ready(self, member: int, reduce: Reduce) -> None:
+    def ready(self, member: int, start: Start) -> None:
         """Parameter ``member``'s gradient is complete on this rank.
 
         Raises:
             GradientError: It was ready before in this backward.
         """
-        number = self._bucket_of[member]
-        bucket = self._buckets[number]
-        if member not in bucket.missing:
+        if self._came[member]:
             raise GradientError(
                 f"the gradient of {self._names[member]!r} became ready twice in one backward "
                 "(reentrant checkpointing? an earlier backward that raised?): it may be in flight "
                 "already"
             )
-        bucket.take(member)
-        if not bucket.missing:
+        self.arrived.append(member)
+        self._launch(member, self._gradients.take(member), start)
+        self._engine.nudge()
+
+    def contribute_nothing(self, members: Iterable[int], start: Start) -> None:
+        """This rank has no gradients for ``members``: take part in their buckets all the same."""
+        for member in members:
+            self._launch(member, self._gradients.take_nothing(member), start)
+
+    def _launch(self, member: int, buckets: Iterable[Bucket], start: Start) -> None:
+        self._came[member] = True
+        for bucket in buckets:
+            bucket.num_missing -= 1
+            if bucket.num_missing:
+                continue
             bucket.state = State.READY
-            self._launch(number, reduce)
-        else:
-            self._engine.poll()
+            record(Kind.READY, self._model, bucket.number, member)
+            if not self._ordered:
+                self._start(bucket, start)
+                continue
+            while self._started < len(self._buckets):
+                if self._buckets[self._started].state is not State.READY:
+                    break
+                self._start(self._buckets[self._started], start)
+                self._started += 1
 
-    def _launch(self, number: int, reduce: Reduce) -> None:
-        if not self._ordered:
-            self._start(number, reduce)
-            return
-        while self._launched < len(self._buckets):
-            if self._buckets[self._launched].state is not State.READY:
-                return
-            self._start(self._launched, reduce)
-            self._launched += 1
+    def _start(self, bucket: Bucket, start: Start) -> None:
+        bucket.state = State.IN_FLIGHT
+        record(Kind.IN_FLIGHT, self._model, bucket.number, bucket.buffer.nbytes)
+        self.works[bucket.number] = start(bucket)
 
-    def _start(self, number: int, reduce: Reduce) -> None:
-        self._buckets[number].state = State.IN_FLIGHT
-        self._works.append(reduce(number))
+    @property
+    def absent(self) -> list[int]:
+        """Parameters whose gradients have not come in this backward."""
+        return [member for member, came in enumerate(self._came) if not came]
 
-    def contribute_zeros(self, reduce: Reduce) -> None:
-        """This rank has no sample: take part in every bucket all the same."""
-        self.begin()
-        for number, bucket in enumerate(self._buckets):
-            bucket.take_zeros()
-            bucket.state = State.READY
-            self._launch(number, reduce)
-
-    def finish(self) -> None:
-        """Wait for every bucket.
-
-        Raises:
-            GradientError: Some parameter got no gradient in this backward.
-        """
-        absent = sorted(member for bucket in self._buckets for member in bucket.missing)
-        if absent:
-            raise GradientError(self._absent_message(absent))
-        works, self._works = self._works, []
-        for work in works:
-            work.wait()
-        for bucket in self._buckets:
+    def wait(self, buckets: Collection[Bucket] | None = None) -> None:
+        """Wait for these buckets, or all."""
+        for bucket in self._buckets if buckets is None else buckets:
+            work = self.works[bucket.number]
+            if bucket.state is State.COMPLETE or work is None:
+                continue
+            if not work.complete:
+                began = time.perf_counter()
+                record(Kind.WAIT_BEGIN, self._model, bucket.number)
+                work.wait()
+                record(Kind.WAIT_END, self._model, bucket.number)
+                self.exposed[bucket.number] += time.perf_counter() - began
+            else:
+                work.wait()
             bucket.state = State.COMPLETE
 
-    def _absent_message(self, absent: Sequence[int]) -> str:
+    def refuse_absent(self) -> None:
+        """Raise GradientError if some parameter got no gradient in this backward."""
+        absent = self.absent
+        if not absent:
+            return
         shown = ", ".join(repr(self._names[member]) for member in absent[:5])
         more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
-        return (
-            f"backward gave no gradient to {shown}{more}: the loss does not depend on them. Every "
-            "parameter must take part on every rank; freeze those that never do with "
-            "requires_grad_(False) before wrapping, or add 0 * parameter.sum() to the loss. "
-            "(With activation checkpointing, pass use_reentrant=False.)"
+        raise GradientError(
+            f"backward gave no gradient to {shown}{more}: the loss does not depend on them. Pass "
+            "find_unused_parameters=True to DataParallel if that may happen, freeze parameters "
+            "that never take part with requires_grad_(False), or add 0 * parameter.sum() to the "
+            "loss. (With activation checkpointing, pass use_reentrant=False.)"
         )

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mpiddl.events import Kind, record
 from mpiddl.waits import ALREADY, Wait, Waits
 
 if TYPE_CHECKING:
     from mpiddl.comm.world import World
     from mpiddl.overlap.engine import Engine
 
-__all__ = ["Work"]
+__all__ = ["Label", "Work"]
+
+
+class Label(NamedTuple):
+    """What a work is for, as events have it."""
+
+    model: int
+    bucket: int
+    nbytes: int
 
 
 class Work:
     """A collective in flight, or complete.
 
     Made by calls with ``async_=True``. The buffer must be left alone until ``wait()`` returns.
+
+    Attributes:
+        world: Whose collective it is.
+        priority: As given to the engine.
+        threaded: Whether the engine's thread polls it too.
+        seconds: From its start to its end, once it is complete.
     """
 
     def __init__(
@@ -26,8 +42,17 @@ class Work:
         world: World,
         result: Any = None,
         wait: Wait = ALREADY,
+        *,
+        priority: int = 0,
+        threaded: bool = False,
+        label: Label | None = None,
     ) -> None:
         self.world = world
+        self.priority = priority
+        self.threaded = threaded
+        self.seconds = 0.0
+        self._started = time.perf_counter()
+        self._label = label
         self._engine = engine
         self._waits = waits
         self._wait = wait
@@ -73,8 +98,12 @@ class Work:
                 self._wait = next(self._waits)
         except StopIteration as end:
             self._result = end.value if self._result is None else self._result
+            self.seconds = time.perf_counter() - self._started
+            if self._label is not None:
+                record(Kind.COMPLETE, *self._label)
             self._complete = True
         except BaseException as error:
+            moved = True
             self.give_up(error)
             if not isinstance(error, Exception):  # Ctrl-C: also for whoever happened to poll
                 raise

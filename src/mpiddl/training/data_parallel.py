@@ -2,48 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
-import time
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
 
-from mpiddl.buckets.bucket import Bucket, spec_of
-from mpiddl.buckets.plan import plan_buckets
-from mpiddl.collectives.channel import Channel
-from mpiddl.collectives.choose import choose
-from mpiddl.collectives.lanes import kept_lanes
-from mpiddl.collectives.reduction import Reduction
+from mpiddl.buckets.plan import BucketPlan
 from mpiddl.comm.world import World, current_world
-from mpiddl.devices.host import HOST
-from mpiddl.errors import GradientError, MismatchError
+from mpiddl.errors import MismatchError
 from mpiddl.overlap.calls import gather_json
-from mpiddl.overlap.engine import engine_of
-from mpiddl.overlap.scheduler import Scheduler
-from mpiddl.overlap.work import Work
+from mpiddl.training.options import options_from
+from mpiddl.training.reducer import Reducer
 from mpiddl.training.state import broadcast_state
-from mpiddl.training.wrapping import agree_on_plan, attach, detach, trained_parameters
-from mpiddl.units import parse_bytes
+from mpiddl.training.stats import Stats
 
-__all__ = ["DataParallel", "Stats"]
-
-
-@dataclasses.dataclass
-class Stats:
-    """What the exchange has cost so far.
-
-    Attributes:
-        backwards: Backward passes whose gradients were reduced.
-        reduced_bytes: Gradient bytes that went through the all-reduce on this rank.
-        exposed_seconds: Time in which this rank's main thread did communication or waited for
-            it, gradient hooks included: what the computation did not hide.
-    """
-
-    backwards: int = 0
-    reduced_bytes: int = 0
-    exposed_seconds: float = 0.0
+__all__ = ["DataParallel"]
 
 
 class DataParallel(torch.nn.Module):
@@ -63,13 +38,26 @@ class DataParallel(torch.nn.Module):
     Args:
         module: The model, on the CPU.
         world: The ranks; default those of ``mpiddl.init()``.
-        bucket_size: Largest bucket, in bytes or as ``"25MiB"``; default MPIDDL_BUCKET_SIZE.
+        bucket_size: Largest bucket, in bytes or as ``"25MiB"``, or ``"auto"`` to measure it in the
+            first steps; default MPIDDL_BUCKET_SIZE.
         algorithm: All-reduce algorithm; default MPIDDL_ALGORITHM, else ``"auto"``.
+        engine: Who drives the exchange: ``"inline"``, the gradient hooks; ``"thread"``, a thread as
+            well; ``"auto"``, measured in the first steps; default MPIDDL_ENGINE.
         check: Compare names, shapes, strides, dtypes and buckets between ranks first, so that a
             difference is an error that names the parameter and not a hang.
+        find_unused_parameters: Parameters may get no gradient, different ones on each rank and in
+            each step. Costs a small exchange at the end of each backward.
+        static_graph: As that, but the same parameters get none in every step: found out once.
+        broadcast_buffers: At the end of each backward all ranks get rank 0's buffers.
+        rebuild_buckets: After the first backward buckets follow the order in which gradients
+            came on rank 0.
+        nan_check: ``"warn"`` or ``"error"``: look for NaN and infinity in each gradient before it
+            is reduced, and name parameter and rank. One pass over the gradients.
+        check_replicas_every: Backwards between two checks that all ranks have the same
+            parameters, to the last bit; 0: never.
 
     Raises:
-        ValueError: The model is wrapped already, or has nothing to train.
+        ValueError: The model is wrapped already, or has nothing to train; a bad argument.
         UnsupportedBufferError: A parameter that cannot be reduced (GPU, complex, integer).
         MismatchError: Ranks wrapped different models.
 
@@ -84,106 +72,43 @@ class DataParallel(torch.nn.Module):
         world: World | None = None,
         bucket_size: int | str | None = None,
         algorithm: str | None = None,
+        engine: str | None = None,
         check: bool = True,
+        find_unused_parameters: bool = False,
+        static_graph: bool = False,
+        broadcast_buffers: bool = True,
+        rebuild_buckets: bool = True,
+        nan_check: str = "off",
+        check_replicas_every: int = 200,
     ) -> None:
         super().__init__()
         self.module = module
         self.world = world or current_world()
-        settings = self.world.settings
-        algorithm = algorithm or settings.algorithm
-        named = trained_parameters(module)
-        self._names = [name for name, _ in named]
-        self._parameters_reduced = [parameter for _, parameter in named]
-        self._known = set(map(id, self._parameters_reduced))
-        specs = [spec_of(name, parameter) for name, parameter in named]
-        capacity = parse_bytes(bucket_size) if isinstance(bucket_size, str) else bucket_size
-        self.plan = plan_buckets(specs, settings.bucket_size if capacity is None else capacity)
-        planned = self.plan.buckets
-        dtypes = [getattr(torch, bucket.dtype) for bucket in planned]
-        lengths = [bucket.length for bucket in planned]
-        if check:
-            agree_on_plan(module, self.plan, algorithm, self.world)
+        options = options_from(
+            self.world.settings,
+            bucket_size=bucket_size,
+            algorithm=algorithm,
+            engine=engine,
+            nan_check=nan_check,
+            check_replicas_every=check_replicas_every,
+            check=check,
+            find_unused_parameters=find_unused_parameters,
+            static_graph=static_graph,
+            broadcast_buffers=broadcast_buffers,
+            rebuild_buckets=rebuild_buckets,
+        )
+        self._reducer = Reducer(module, self.world, options)
         broadcast_state(module, self.world)
 
-        lanes = kept_lanes(self.world, len(planned))
-        self._algorithms = [
-            choose(algorithm, dtype, length * dtype.itemsize, self.world, lanes=None not in lanes)
-            for length, dtype in zip(lengths, dtypes, strict=True)
-        ]
-        buffers = [HOST.empty(*kind, self.world) for kind in zip(lengths, dtypes, strict=True)]
-        self._buckets = [
-            Bucket(bucket, specs, self._parameters_reduced, buffer)
-            for bucket, buffer in zip(planned, buffers, strict=True)
-        ]
-        self._nbytes = sum(bucket.buffer.nbytes for bucket in self._buckets)
-        self._tags = self.world.tags.keep(len(planned))
-        ordered = any(chosen.algorithm.ordered for chosen in self._algorithms)
-        native = self.world.bucket_native if ordered else None
-        self._channels = [
-            Channel(self.world, tag, native, lane)
-            for tag, lane in zip(self._tags, lanes, strict=True)
-        ]
-        self._engine = engine_of(self.world)
-        self._scheduler = Scheduler(self._buckets, self._names, ordered, self._engine)
-        self._weight: float | None = None  # of this rank in the sum, inside batch()
-        self._stats = Stats()
-        self._synchronises = True
-        self._backward: int | None = None  # autograd's number for the one that runs
-        attach(self, self._names, self._parameters_reduced)
+    @property
+    def plan(self) -> BucketPlan:
+        """Which gradient is in which bucket."""
+        return self._reducer.plan
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.training and torch.is_grad_enabled():
-            self._check_parameters()
+            self._reducer.forward_begins()
         return self.module(*args, **kwargs)
-
-    # The way of a gradient.
-
-    def gradient_ready(self, member: int, parameter: torch.nn.Parameter) -> None:
-        """Called by the hook of parameter ``member`` when autograd has finished its gradient."""
-        if not self._synchronises:
-            return
-        started = time.perf_counter()
-        name = self._names[member]
-        if parameter.grad is not None and parameter.grad.is_sparse:
-            raise GradientError(
-                f"the gradient of {name!r} is sparse, which cannot be reduced so far; make the "
-                "embedding with sparse=False"
-            )
-        backward = torch._C._current_graph_task_id()
-        if backward != self._backward:
-            self._scheduler.begin()
-            self._backward = backward
-            # Autograd calls back once, after all gradients of this backward.
-            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
-        self._scheduler.ready(member, self._reduce)
-        self._stats.exposed_seconds += time.perf_counter() - started
-
-    def _reduce(self, number: int) -> Work:
-        """Start the all-reduce of bucket ``number``."""
-        self.world.check_open()
-        buffer = self._buckets[number].buffer
-        weight = 1 / self.world.size if self._weight is None else self._weight
-        reduction = Reduction("sum", None if self.world.size == 1 else weight)
-        chosen, channel = self._algorithms[number], self._channels[number]
-        waits = chosen.run(buffer, reduction, channel, HOST)
-        return self._engine.submit(waits, self.world)
-
-    def _finish(self) -> None:
-        started = time.perf_counter()
-        self._backward = None
-        self._scheduler.finish()
-        self._stats.backwards += 1
-        self._stats.reduced_bytes += self._nbytes
-        self._stats.exposed_seconds += time.perf_counter() - started
-
-    def _check_parameters(self) -> None:
-        """Refuse to train what would stay on this rank: parameters new or unfrozen since."""
-        for name, parameter in self.module.named_parameters():
-            if parameter.requires_grad and id(parameter) not in self._known:
-                raise GradientError(
-                    f"parameter {name!r} was not trained, or not there, when the model was "
-                    "wrapped: its gradient would stay on this rank. unwrap() and wrap again"
-                )
 
     # What users control.
 
@@ -207,7 +132,7 @@ class DataParallel(torch.nn.Module):
         """
         if not 0 <= local <= total or total == 0:
             raise ValueError(f"expected 0 <= local <= total and total > 0, got {local} of {total}")
-        if not self._synchronises or self._weight is not None:
+        if not self._reducer.synchronises or self._reducer.weight is not None:
             raise ValueError(
                 "model.batch() inside no_sync() or another batch(): gradients that are "
                 "accumulated cannot have weights of their own. Leave no_sync() out: two backward "
@@ -215,15 +140,14 @@ class DataParallel(torch.nn.Module):
             )
         if self.world.settings.check:
             _check_shares(local, total, self.world)
-        self._weight = local / total
-        before = self._stats.backwards
+        self._reducer.weight = local / total
+        before = self._reducer.stats.backwards
         try:
             yield
-            if local == 0 and self._stats.backwards == before:
-                self._scheduler.contribute_zeros(self._reduce)
-                self._finish()
+            if local == 0 and self._reducer.stats.backwards == before:
+                self._reducer.contribute_nothing()
         finally:
-            self._weight = None
+            self._reducer.weight = None
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -232,24 +156,22 @@ class DataParallel(torch.nn.Module):
         Raises:
             ValueError: Inside ``batch()``, as there.
         """
-        if self._weight is not None:
+        if self._reducer.weight is not None:
             raise ValueError("no_sync() inside model.batch(): see model.batch()")
-        before, self._synchronises = self._synchronises, False
+        before, self._reducer.synchronises = self._reducer.synchronises, False
         try:
             yield
         finally:
-            self._synchronises = before
+            self._reducer.synchronises = before
 
     def stats(self) -> Stats:
         """What the exchange has cost since the model was wrapped."""
-        return dataclasses.replace(self._stats)
+        return copy.deepcopy(self._reducer.stats)
 
     def unwrap(self) -> torch.nn.Module:
         """Take the hooks off and return the model inside. Collective; the wrapper is of no use
         afterwards, and the model can be wrapped again."""
-        detach(self._parameters_reduced)
-        self.world.tags.give_back(self._tags)
-        self._tags = []
+        self._reducer.close()
         return self.module
 
     # A module like the one inside.

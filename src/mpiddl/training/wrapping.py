@@ -9,12 +9,11 @@ from typing import Any, Protocol
 import torch
 
 from mpiddl.buckets import agreement
-from mpiddl.buckets.bucket import spec_of
+from mpiddl.buckets.gradients import spec_of
 from mpiddl.buckets.plan import BucketPlan
 from mpiddl.collectives.reduction import FLOATS
-from mpiddl.comm.world import World
 from mpiddl.errors import GradientError, UnsupportedBufferError
-from mpiddl.overlap.calls import gather_json
+from mpiddl.overlap.control import Control
 from mpiddl.training.state import named_state
 
 __all__ = ["agree_on_plan", "attach", "detach", "trained_parameters"]
@@ -30,7 +29,9 @@ _hooks: dict[int, tuple[weakref.ReferenceType[Any], Any]] = {}
 """By a parameter's identity: its wrapper and the hook. A living wrapper keeps its parameters."""
 
 
-def trained_parameters(module: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+def trained_parameters(
+    module: torch.nn.Module, wrapper: _Wrapper
+) -> list[tuple[str, torch.nn.Parameter]]:
     """Parameters that require a gradient, each once, in the model's order.
 
     Raises:
@@ -48,13 +49,13 @@ def trained_parameters(module: torch.nn.Module) -> list[tuple[str, torch.nn.Para
                 f"{name!r} is on {tensor.device}; only models on the CPU can be trained so far"
             )
     for name, parameter in named:
-        _check_parameter(name, parameter)
+        _check_parameter(name, parameter, wrapper)
     return named
 
 
-def _check_parameter(name: str, parameter: torch.nn.Parameter) -> None:
-    wrapper, _ = _hooks.get(id(parameter), (lambda: None, None))
-    if wrapper() is not None:
+def _check_parameter(name: str, parameter: torch.nn.Parameter, wrapper: _Wrapper) -> None:
+    other, _ = _hooks.get(id(parameter), (lambda: None, None))
+    if other() not in (None, wrapper):
         raise ValueError(
             f"parameter {name!r} is wrapped in DataParallel already and would be reduced twice; "
             "wrap a model once, or unwrap() the other wrapper first"
@@ -70,7 +71,9 @@ def _check_parameter(name: str, parameter: torch.nn.Parameter) -> None:
         )
 
 
-def agree_on_plan(module: torch.nn.Module, plan: BucketPlan, algorithm: str, world: World) -> None:
+def agree_on_plan(
+    module: torch.nn.Module, plan: BucketPlan, algorithm: str, control: Control
+) -> None:
     """Stop on every rank if they wrap different models. Collective.
 
     Raises:
@@ -78,9 +81,9 @@ def agree_on_plan(module: torch.nn.Module, plan: BucketPlan, algorithm: str, wor
     """
     state = [spec_of(name, tensor) for name, tensor in named_state(module)]
     lines = agreement.describe(plan, state, algorithm)
-    digests = gather_json(agreement.digest(lines), world=world)
+    digests = control.gather_json(agreement.digest(lines))
     if any(theirs != digests[0] for theirs in digests):  # only then send them whole
-        raise agreement.first_difference(gather_json(lines, world=world))
+        raise agreement.first_difference(control.gather_json(lines))
 
 
 def attach(

@@ -1,0 +1,106 @@
+"""The gradients of a model, as views of the memory that is exchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+
+from mpiddl.buckets.bucket import Bucket
+from mpiddl.buckets.plan import BucketPlan, ParameterSpec
+from mpiddl.devices.base import Buffer
+
+__all__ = ["Gradients", "spec_of"]
+
+
+def spec_of(name: str, parameter: torch.Tensor) -> ParameterSpec:
+    """What ranks must agree on about a parameter or buffer.
+
+    A gradient has the parameter's own strides (channels_last too) where these are gapless,
+    else the nearest gapless ones.
+    """
+    strides = torch.empty_like(parameter, device="meta").stride()
+    dtype = str(parameter.dtype).removeprefix("torch.")
+    return ParameterSpec(name, tuple(parameter.shape), strides, dtype, parameter.dtype.itemsize)
+
+
+class Gradients:
+    """Arenas, one per dtype, their buckets, and every parameter's view.
+
+    Gradients exist once: what is taken in is from then on a view of an arena.
+
+    Args:
+        plan: Where each gradient is.
+        parameters: In the model's order.
+        arenas: Memory, by dtype.
+
+    Attributes:
+        buckets: In plan order.
+        views: Each parameter's gradient, in the model's order.
+    """
+
+    def __init__(
+        self,
+        plan: BucketPlan,
+        parameters: Sequence[torch.nn.Parameter],
+        arenas: Mapping[str, Buffer],
+    ) -> None:
+        self._parameters = parameters
+        self.buckets = [
+            Bucket(number, planned, arenas[planned.dtype][planned.start : planned.stop])
+            for number, planned in enumerate(plan.buckets)
+        ]
+        self.views = [
+            arenas[spec.dtype].as_strided(spec.shape, spec.strides, offset)
+            for spec, offset in zip(plan.parameters, plan.offsets, strict=True)
+        ]
+        self._buckets_of: list[list[Bucket]] = [[] for _ in parameters]
+        self._pieces: list[list[slice]] = [[] for _ in parameters]
+        for bucket, planned in zip(self.buckets, plan.buckets, strict=True):
+            for member in planned.members:
+                offset, length = plan.offsets[member], plan.parameters[member].length
+                piece = slice(max(planned.start - offset, 0), min(planned.stop - offset, length))
+                self._pieces[member].append(piece)
+                self._buckets_of[member].append(bucket)
+
+    def take(self, member: int) -> Sequence[Bucket] | Iterator[Bucket]:
+        """Bring a fresh gradient in and make ``grad`` a view; gives each bucket that has its part.
+
+        Autograd leaves the gradient in one of three places: in the view itself, which it added
+        to; in a tensor of its own, where ``grad`` was None; or in whatever tensor the user
+        had put there. The copy is made while the gradient is hot in the cache, and a large one
+        goes piece by piece, so that a piece is reduced while it is hot too.
+        """
+        parameter, view = self._parameters[member], self.views[member]
+        gradient = parameter.grad
+        if gradient is not view:
+            assert gradient is not None
+            if gradient.requires_grad:
+                gradient = gradient.detach()
+            if len(self._pieces[member]) > 1 and gradient.stride() == view.stride():
+                return self._take_in_pieces(member, gradient)
+            view.copy_(gradient)
+            parameter.grad = view
+        return self._buckets_of[member]
+
+    def _take_in_pieces(self, member: int, gradient: torch.Tensor) -> Iterator[Bucket]:
+        view = self.views[member]
+        source, target = (t.as_strided((view.numel(),), (1,)) for t in (gradient, view))
+        for bucket, piece in zip(self._buckets_of[member], self._pieces[member], strict=True):
+            target[piece].copy_(source[piece])
+            yield bucket
+        self._parameters[member].grad = view
+
+    def take_nothing(self, member: int) -> Sequence[Bucket] | Iterator[Bucket]:
+        """No gradient came: what is in ``grad`` already stays, and None counts as zero."""
+        parameter = self._parameters[member]
+        if parameter.grad is None:
+            self.views[member].zero_()
+            parameter.grad = self.views[member]
+        return self.take(member)
+
+    def release(self) -> None:
+        """Move the gradients that are here out of the arenas, which are laid out anew."""
+        for parameter, view in zip(self._parameters, self.views, strict=True):
+            if parameter.grad is not None and parameter.grad.data_ptr() == view.data_ptr():
+                parameter.grad = view.clone()

@@ -1,0 +1,120 @@
+"""How the buckets of one model are reduced: each with its own messages, lane and algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from mpiddl.buckets.bucket import Bucket
+from mpiddl.collectives.channel import Channel
+from mpiddl.collectives.choose import Chosen, choose
+from mpiddl.collectives.lane import Lane
+from mpiddl.collectives.lanes import kept_lanes
+from mpiddl.collectives.reduction import Reduction
+from mpiddl.comm.messages import Credits
+from mpiddl.comm.native import Native
+from mpiddl.comm.world import World
+from mpiddl.devices.base import Buffer
+from mpiddl.devices.host import HOST
+from mpiddl.overlap.engine import engine_of
+from mpiddl.overlap.work import Label, Work
+from mpiddl.waits import Waits
+
+__all__ = ["BucketReductions"]
+
+FURTHER_SENDS = 8
+"""Messages in flight beyond one for each bucket: enough to keep a link busy, and few enough for an
+urgent bucket to overtake a large one in the middle."""
+
+Hook = Callable[[Bucket, float | None], Waits[None]]
+"""What a user does with a bucket in place of its all-reduce, and this rank's weight."""
+
+
+class BucketReductions:
+    """Starts the all-reduce of each bucket. Buckets may become ready in any order on any rank.
+
+    Args:
+        world: The ranks.
+        algorithm: Of the all-reduce, or ``"auto"``.
+        model: Number of the model, in events.
+
+    Attributes:
+        ordered: Buckets must be started in plan order, since a library runs their all-reduce.
+        threaded: Whether the engine's thread drives them.
+    """
+
+    def __init__(self, world: World, algorithm: str, model: int) -> None:
+        self.world = world
+        self.ordered = False
+        self.threaded = False
+        self.hook: Hook | None = None
+        self._algorithm = algorithm
+        self._model = model
+        self._engine = engine_of(world)
+        self._credits = Credits(FURTHER_SENDS)
+        self._native: Native | None = None
+        self._tags: list[int] = []
+        self._lanes: list[Lane] | list[None] = []
+        self._chosen: list[Chosen] = []
+        self._channels: list[Channel] = []
+
+    def reserve(self, count: int) -> None:
+        """Make ready for so many buckets; those in flight are not touched. Collective.
+
+        Raises:
+            TagError: There are too many.
+        """
+        more = count - len(self._tags)
+        if more > 0:
+            self._tags += self.world.tags.keep(more)
+            self._lanes = kept_lanes(self.world, count)
+        if "library" in (self._algorithm, *(choice.algorithm for choice in self.world.tuned)):
+            self._native = self.world.bucket_native
+
+    def fit(self, buckets: Sequence[Bucket]) -> None:
+        """Reduce these buckets from now on; there is room for as many, and none is in flight.
+
+        Raises:
+            UnsupportedBufferError: The algorithm cannot reduce one of them.
+        """
+        lanes = None not in self._lanes
+        self._chosen = [
+            choose(self._algorithm, bucket.buffer.dtype, bucket.buffer.nbytes, self.world, lanes)
+            for bucket in buckets
+        ]
+        self.ordered = any(chosen.algorithm.ordered for chosen in self._chosen)
+        self._channels = [
+            Channel(self.world, tag, self._native, lane, self._credits)
+            for tag, lane in zip(self._tags, self._lanes, strict=True)
+        ]
+
+    def start(self, bucket: Bucket, weight: float | None) -> Work:
+        """Start the all-reduce of ``bucket``, in which this rank's gradients weigh ``weight``."""
+        self.world.check_open()
+        if self.hook is None:
+            waits = self.all_reduce(bucket.number, bucket.buffer, weight)
+        else:
+            waits = self.hook(bucket, weight)
+        # The parameters that backward reaches last are those that the next forward needs first.
+        return self._engine.submit(
+            waits,
+            self.world,
+            priority=bucket.number,
+            threaded=self.threaded,
+            label=Label(self._model, bucket.number, bucket.buffer.nbytes),
+        )
+
+    def all_reduce(
+        self, number: int, buffer: Buffer, weight: float | None, algorithm: str | None = None
+    ) -> Waits[None]:
+        """Sum any ``buffer`` over ranks with the messages of bucket ``number``."""
+        chosen = self._chosen[number]
+        if algorithm is not None or buffer.dtype not in chosen.algorithm.dtypes:
+            lanes = None not in self._lanes
+            name = algorithm or self._algorithm
+            chosen = choose(name, buffer.dtype, buffer.nbytes, self.world, lanes)
+        return chosen.run(buffer, Reduction("sum", weight), self._channels[number], HOST)
+
+    def close(self) -> None:
+        """Others may use the tags. Every rank does this at the same place in its program."""
+        self.world.tags.give_back(self._tags)
+        self._tags, self._lanes, self._channels = [], [], []

@@ -1,0 +1,57 @@
+"""Small agreements between the ranks of one model, out of the way of everything else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mpiddl.collectives import objects
+from mpiddl.collectives.broadcast import broadcast
+from mpiddl.collectives.channel import Channel
+from mpiddl.collectives.doubling import doubling_all_reduce
+from mpiddl.collectives.reduction import Reduction
+from mpiddl.comm.world import World
+from mpiddl.devices.base import Buffer
+from mpiddl.devices.host import HOST
+from mpiddl.overlap.engine import engine_of
+from mpiddl.overlap.work import Work
+
+__all__ = ["Control"]
+
+
+class Control:
+    """Collectives on message tags of their own, so that those of two models never meet,
+    in whatever order their backwards end. One at a time, but for ``broadcast``.
+
+    Args:
+        world: The ranks.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._engine = engine_of(world)
+        self._tags = world.tags.keep(2)
+        self._channel, self._background = (Channel(world, tag) for tag in self._tags)
+
+    def largest(self, buffer: Buffer) -> None:
+        """Make ``buffer`` the elementwise maximum over ranks."""
+        chunk_bytes = self._world.settings.chunk_size
+        waits = doubling_all_reduce(buffer, Reduction("max"), self._channel, HOST, chunk_bytes)
+        self._engine.run(waits, self._world)
+
+    def broadcast_json(self, value: Any) -> Any:
+        """Rank 0's value on every rank."""
+        return self._engine.run(objects.broadcast_json(value, 0, self._channel), self._world)
+
+    def gather_json(self, value: Any) -> Any:
+        """A list of every rank's value on every rank."""
+        return self._engine.run(objects.gather_json(value, None, self._channel), self._world)
+
+    def broadcast(self, buffer: Buffer) -> Work:
+        """Start to copy rank 0's ``buffer`` to every rank; one such at a time."""
+        waits = broadcast(buffer, 0, self._background, self._world.settings.chunk_size)
+        return self._engine.submit(waits, self._world)
+
+    def close(self) -> None:
+        """Others may use the tags. Every rank does this at the same place in its program."""
+        self._world.tags.give_back(self._tags)
+        self._tags = []

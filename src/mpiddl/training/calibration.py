@@ -1,0 +1,109 @@
+"""Bucket size and engine by measurement, in the first steps."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from mpiddl.comm.world import World
+from mpiddl.log import logger
+from mpiddl.overlap.control import Control
+from mpiddl.overlap.engine import may_thread
+from mpiddl.training.options import Options
+from mpiddl.units import format_bytes
+
+__all__ = ["Calibration", "Choice", "fastest"]
+
+SIZES = (4 << 20, 1 << 20, 16 << 20)
+WARM_UP = 2
+"""Backwards before anything is measured: memory is touched for the first time, caches fill."""
+STEPS = 4
+"""Backwards with each choice; the time before the first still belongs to the choice before."""
+CLEARLY = 1.02
+"""Another choice than the first must be better by this."""
+
+
+class Choice(NamedTuple):
+    """What can be chosen by measuring.
+
+    Attributes:
+        bucket_size: In bytes.
+        threaded: Whether the engine's thread drives buckets.
+    """
+
+    bucket_size: int
+    threaded: bool
+
+    def __str__(self) -> str:
+        return (
+            f"bucket_size={format_bytes(self.bucket_size)}, "
+            f"engine={'thread' if self.threaded else 'inline'}"
+        )
+
+
+class Calibration:
+    """Tries each choice for a few steps, then stays with the fastest.
+
+    All ranks switch after the same backward, and come to the same conclusion.
+
+    Args:
+        options: What the user has chosen is not tried.
+        world: The ranks. Within one node a thread is tried last, between nodes first.
+        control: Carries the ranks' times.
+    """
+
+    def __init__(self, options: Options, world: World, control: Control) -> None:
+        threaded = options.threaded
+        if threaded is not False and not all(control.gather_json(may_thread(world))):
+            threaded = False
+        first = world.num_nodes > 1
+        engines = [first, not first] if threaded is None else [threaded]
+        sizes = SIZES if options.bucket_size is None else (options.bucket_size,)
+        self._choices = [Choice(size, engine) for size in sizes for engine in engines]
+        if world.size == 1:
+            self._choices = self._choices[:1]
+        self._control = control
+        self._speaks = world.rank == 0
+        self._backwards = -WARM_UP
+        self._ended = 0.0
+        self._seconds: list[list[float]] = [[] for _ in self._choices]
+        self.present = self._choices[0]
+
+    def after_backward(self) -> Choice | None:
+        """What the next backward is to use, if that is something else. Collective at the end."""
+        if len(self._choices) == 1:
+            return None
+        began, self._ended = self._ended, time.perf_counter()
+        trial, step = divmod(self._backwards, STEPS)
+        self._backwards += 1
+        if trial >= 0 and step > 0:
+            self._seconds[trial].append(self._ended - began)
+        if self._backwards < 0 or self._backwards % STEPS:
+            return None
+        more = trial + 1 < len(self._choices)
+        chosen = self._choices[trial + 1] if more else self._conclude()
+        changed = chosen != self.present
+        self.present = chosen
+        return chosen if changed else None
+
+    def _conclude(self) -> Choice:
+        medians = [statistics.median(seconds) for seconds in self._seconds]
+        best = fastest(self._control.gather_json(medians))
+        chosen, self._choices = self._choices[best], [self._choices[best]]
+        if self._speaks:
+            logger.info("measured: %s", chosen)
+        return chosen
+
+
+def fastest(seconds: Sequence[Sequence[float]]) -> int:
+    """Number of the choice with which the slowest rank is fastest; the first, unless another is
+    clearly better.
+
+    Args:
+        seconds: Of each choice, by rank.
+    """
+    slowest = [max(of_ranks) for of_ranks in zip(*seconds, strict=True)]
+    best = min(range(len(slowest)), key=slowest.__getitem__)
+    return best if slowest[best] * CLEARLY < slowest[0] else 0

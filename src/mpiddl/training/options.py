@@ -1,0 +1,70 @@
+"""What users choose when they wrap a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mpiddl.errors import SettingsError
+from mpiddl.settings import ENGINES, Settings
+from mpiddl.units import parse_bytes
+
+__all__ = ["AUTO", "NAN_CHECKS", "Options", "options_from"]
+
+AUTO = "auto"
+NAN_CHECKS = ("off", "warn", "error")
+
+
+@dataclass(frozen=True)
+class Options:
+    """As the arguments of ``DataParallel``, with the settings' defaults filled in.
+
+    Attributes:
+        bucket_size: In bytes; None to measure it.
+        threaded: Whether the engine's thread drives buckets; None to measure it.
+    """
+
+    bucket_size: int | None
+    algorithm: str
+    threaded: bool | None
+    check: bool
+    find_unused_parameters: bool
+    static_graph: bool
+    broadcast_buffers: bool
+    rebuild_buckets: bool
+    nan_check: str
+    check_replicas_every: int
+
+
+def options_from(
+    settings: Settings,
+    *,
+    bucket_size: int | str | None,
+    algorithm: str | None,
+    engine: str | None,
+    nan_check: str,
+    check_replicas_every: int,
+    **flags: bool,
+) -> Options:
+    """Check what a user chose.
+
+    Raises:
+        ValueError: A value that cannot be used.
+    """
+    engine = engine or settings.engine
+    if engine not in ENGINES:
+        raise SettingsError(f"engine={engine!r} is none of {', '.join(ENGINES)}")
+    if nan_check not in NAN_CHECKS:
+        raise ValueError(f"nan_check={nan_check!r} is none of {', '.join(NAN_CHECKS)}")
+    if check_replicas_every < 0:
+        raise ValueError("check_replicas_every must not be negative; 0 turns it off")
+    chosen: int | str | None = settings.bucket_size if bucket_size is None else bucket_size
+    if isinstance(chosen, str):
+        chosen = None if chosen == AUTO else parse_bytes(chosen)
+    return Options(
+        bucket_size=chosen,
+        algorithm=algorithm or settings.algorithm,
+        threaded={"auto": None, "inline": False, "thread": True}[engine],
+        nan_check=nan_check,
+        check_replicas_every=check_replicas_every,
+        **flags,
+    )

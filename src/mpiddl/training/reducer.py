@@ -1,0 +1,276 @@
+"""From a backward of one model to its reduced gradients."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from mpiddl.buckets.bucket import Bucket
+from mpiddl.buckets.gradients import Gradients, spec_of
+from mpiddl.buckets.plan import BucketPlan, plan_buckets
+from mpiddl.comm.world import World
+from mpiddl.devices.host import HOST
+from mpiddl.errors import GradientError
+from mpiddl.events import Kind, record
+from mpiddl.overlap.bucket_reductions import BucketReductions
+from mpiddl.overlap.control import Control
+from mpiddl.overlap.engine import engine_of
+from mpiddl.overlap.scheduler import Scheduler
+from mpiddl.overlap.work import Work
+from mpiddl.training.buffers import BufferBroadcast
+from mpiddl.training.calibration import Calibration, Choice
+from mpiddl.training.checksums import refuse_difference
+from mpiddl.training.finite import check_finite
+from mpiddl.training.options import Options
+from mpiddl.training.roster import Roster
+from mpiddl.training.stats import BucketStats, Stats
+from mpiddl.training.unused import Unused
+from mpiddl.training.wrapping import agree_on_plan, attach, detach, trained_parameters
+
+__all__ = ["Deferral", "Reducer"]
+
+_numbers = itertools.count()
+_number_of_backward = torch._C._current_graph_task_id
+
+
+class Deferral(Protocol):
+    """Takes over the wait for buckets."""
+
+    def backward_ended(self) -> None:
+        """All buckets are in flight or complete."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait for all of them, and do what was to be done with them."""
+        ...
+
+
+class Reducer:
+    """Hooks in a model's parameters, and what they set off.
+
+    Args:
+        module: The model.
+        world: The ranks.
+        options: What the user chose.
+
+    Attributes:
+        number: Of this model among those of the process, in events.
+        names: Of the trained parameters, in the model's order.
+        parameters: These.
+        plan: Their buckets.
+        gradients: The buckets' memory.
+        scheduler: The buckets of the present backward.
+        reductions: How they are reduced.
+        weight: Of this rank in the sum; None for 1/size.
+        synchronises: Whether a backward reduces.
+        deferral: Waits for the buckets in place of the end of backward.
+    """
+
+    plan: BucketPlan
+    gradients: Gradients
+    scheduler: Scheduler
+
+    def __init__(self, module: torch.nn.Module, world: World, options: Options) -> None:
+        self.number = next(_numbers)
+        self.weight: float | None = None
+        self.synchronises = True
+        self.deferral: Deferral | None = None
+        self.stats = Stats()
+        self.names: list[str] = []
+        self.parameters: list[torch.nn.Parameter] = []
+        self._module = module
+        self._world = world
+        self._options = options
+        self._engine = engine_of(world)
+        self._control = Control(world)
+        self.reductions = BucketReductions(world, options.algorithm, self.number)
+        self._buffers = (
+            BufferBroadcast(module, self._control) if options.broadcast_buffers else None
+        )
+        self._looks = options.nan_check != "off" or options.static_graph
+        self._calibration = Calibration(options, world, self._control)
+        self._backward: int | None = None  # autograd's number for the one that runs
+        self._next: tuple[BucketPlan, Choice] | None = None  # for the next backward
+        self.replan()
+
+    # The plan.
+
+    def replan(self) -> None:
+        """Plan for the parameters that are trained now. Collective."""
+        self._roster = Roster(self._module)
+        named = trained_parameters(self._module, self)
+        detach(self.parameters)
+        self.names = [name for name, _ in named]
+        self.parameters = [parameter for _, parameter in named]
+        specs = [spec_of(name, parameter) for name, parameter in named]
+        choice = self._calibration.present
+        plan = plan_buckets(specs, choice.bucket_size)
+        if self._options.check:
+            agree_on_plan(self._module, plan, self._options.algorithm, self._control)
+        self._arenas = {
+            dtype: HOST.empty(length, getattr(torch, dtype), self._world)
+            for dtype, length in plan.lengths.items()
+        }
+        self._unused = Unused(self.parameters, self.names, self._options.static_graph)
+        self._order: list[int] | None = None
+        self._plan_ahead(plan, choice)
+        self._lay_out()
+        attach(self, self.names, self.parameters)
+
+    def _plan_ahead(self, plan: BucketPlan, choice: Choice) -> None:
+        """The next backward begins with this plan. Collective."""
+        self.reductions.reserve(len(plan.buckets))
+        self._next = plan, choice
+
+    def _lay_out(self) -> None:
+        """Cut the arenas anew. Nothing is in flight, and nobody waits for other ranks here."""
+        assert self._next is not None
+        (self.plan, choice), self._next = self._next, None
+        self.gradients = Gradients(self.plan, self.parameters, self._arenas)
+        self.reductions.threaded = choice.threaded
+        self.reductions.fit(self.gradients.buckets)
+        self.scheduler = Scheduler(
+            self.gradients, self.names, self.number, self.reductions.ordered, self._engine
+        )
+        self.stats.buckets = [
+            BucketStats(bucket.buffer.nbytes, [self.names[m] for m in bucket.members])
+            for bucket in self.gradients.buckets
+        ]
+        self._nbytes = sum(bucket.nbytes for bucket in self.stats.buckets)
+        record(Kind.PLAN, self.number, len(self.plan.buckets), self._nbytes)
+
+    # The way of a gradient.
+
+    def forward_begins(self) -> None:
+        """Called before each forward that is trained; collective if parameters were frozen or
+        unfrozen since the last."""
+        if self._roster.changed():
+            if self.deferral is not None:
+                self.deferral.synchronize()
+            self.replan()
+
+    def gradient_ready(self, member: int, parameter: torch.nn.Parameter) -> None:
+        """Called by the hook of parameter ``member`` when autograd has finished its gradient."""
+        if not self.synchronises:
+            return
+        started = time.perf_counter()
+        gradient = parameter.grad
+        assert gradient is not None
+        if gradient.is_sparse or self._looks:
+            self._look_at(member, gradient)
+        backward = _number_of_backward()
+        if backward != self._backward:
+            self._begin()
+            self._backward = backward
+            # Autograd calls back once, after all gradients of this backward.
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+        self.scheduler.ready(member, self._start)
+        self.stats.exposed_seconds += time.perf_counter() - started
+
+    def _look_at(self, member: int, gradient: torch.Tensor) -> None:
+        """Raise GradientError for one that must not be reduced."""
+        if gradient.is_sparse:
+            raise GradientError(
+                f"the gradient of {self.names[member]!r} is sparse, which cannot be reduced so "
+                "far; make the embedding with sparse=False"
+            )
+        if self._options.nan_check != "off":
+            check_finite(self._options.nan_check, self.names[member], gradient, self._world)
+        self._unused.refuse([member])
+
+    def _begin(self) -> None:
+        record(Kind.BACKWARD_BEGIN, self.number, self.stats.backwards)
+        self.scheduler.begin()
+        if self._next is not None:
+            self.gradients.release()
+            self._lay_out()
+        if self._unused.here:
+            self._unused.begin()
+            self.scheduler.contribute_nothing(sorted(self._unused.here), self._start)
+
+    def _start(self, bucket: Bucket) -> Work:
+        weight = 1 / self._world.size if self.weight is None else self.weight
+        return self.reductions.start(bucket, None if self._world.size == 1 else weight)
+
+    def contribute_nothing(self) -> None:
+        """This rank has no sample: take part in a backward of the others all the same."""
+        self._begin()
+        self.scheduler.contribute_nothing(self.scheduler.absent, self._start)
+        self._finish()
+
+    def _finish(self) -> None:
+        started = time.perf_counter()
+        self._backward = None
+        if self._options.find_unused_parameters or self._options.static_graph:
+            self._settle_unused()
+        self.scheduler.refuse_absent()
+        if self._buffers is not None:
+            self._buffers.start()
+        record(Kind.BACKWARD_END, self.number, self.stats.backwards)
+        self.stats.backwards += 1
+        self.stats.reduced_bytes += self._nbytes
+        if self.deferral is None:
+            self.wait()
+        else:
+            self.deferral.backward_ended()
+        self._look_ahead()
+        self.stats.exposed_seconds += time.perf_counter() - started
+
+    def _settle_unused(self) -> None:
+        absent = self.scheduler.absent
+        if not self._unused.known:
+            self._unused.settle(absent, self._control)
+            self.scheduler.contribute_nothing(absent, self._start)
+
+    def wait(self) -> None:
+        """Wait for everything that the last backward left in flight."""
+        self.scheduler.wait()
+        self._unused.restore()
+        if self._buffers is not None:
+            self._buffers.finish()
+
+    @property
+    def untouched(self) -> Sequence[int]:
+        """Parameters that no rank used in the last backward: they have no gradient."""
+        return self._unused.untouched
+
+    def _look_ahead(self) -> None:
+        """Agree on what changes with the next backward. All ranks come here together."""
+        choice = self._calibration.after_backward()
+        reorders = self._order is None and self._options.rebuild_buckets
+        if self._order is None:
+            self._order = self._observed_order() if reorders else list(self._default_order)
+        if choice is not None or (reorders and self._order != self._default_order):
+            choice = choice or self._calibration.present
+            plan = plan_buckets(self.plan.parameters, choice.bucket_size, order=self._order)
+            self._plan_ahead(plan, choice)
+        every = self._options.check_replicas_every
+        if every and self.stats.backwards % every == 0:
+            self._check_replicas()
+
+    @property
+    def _default_order(self) -> list[int]:
+        return list(range(len(self.parameters)))[::-1]
+
+    def _observed_order(self) -> list[int]:
+        """In which the gradients came on rank 0; those that did not come are last."""
+        arrived = self.scheduler.arrived
+        order = arrived + [m for m in self._default_order if m not in set(arrived)]
+        observed: list[int] = self._control.broadcast_json(order)
+        return observed
+
+    def _check_replicas(self) -> None:
+        if self.deferral is not None:
+            self.deferral.synchronize()
+        named = dict(zip(self.names, self.parameters, strict=True))
+        refuse_difference(named, self._control.gather_json)
+
+    def close(self) -> None:
+        """The model is trained on this rank alone from now on. Collective."""
+        detach(self.parameters)
+        self.reductions.close()
+        self._control.close()
