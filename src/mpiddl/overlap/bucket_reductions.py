@@ -94,11 +94,12 @@ class BucketReductions:
             waits = self.all_reduce(bucket.number, bucket.buffer, weight)
         else:
             waits = self.hook(bucket, weight)
-        # The parameters that backward reaches last are those that the next forward needs first.
+        # The parameters that backward reaches last are those that the next forward needs first. But
+        # what a library runs must begin in the order in which it was submitted.
         return self._engine.submit(
             waits,
             self.world,
-            priority=bucket.number,
+            priority=0 if self.ordered else bucket.number,
             threaded=self.threaded,
             label=Label(self._model, bucket.number, bucket.buffer.nbytes),
         )
