@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from mpiddl.comm import failure, launchers, library
 from mpiddl.comm.layout import exchange, find_layout
@@ -186,6 +186,13 @@ class World:
         # After an exception the other ranks are not here: a collective close would hang.
         if kind is None:
             self.close()
+
+    def __deepcopy__(self, memo: object) -> World:
+        """Itself: copies of a model are on the same ranks."""
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a World belongs to this process, so it cannot be saved or pickled")
 
     def __repr__(self) -> str:
         return (
