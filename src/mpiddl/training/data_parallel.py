@@ -18,12 +18,14 @@ from mpiddl.collectives.lanes import kept_lanes
 from mpiddl.collectives.reduction import Reduction
 from mpiddl.comm.world import World, current_world
 from mpiddl.devices.host import HOST
-from mpiddl.errors import GradientError, MismatchError
-from mpiddl.overlap.calls import gather_json
+from mpiddl.errors import GradientError
 from mpiddl.overlap.engine import engine_of
 from mpiddl.overlap.scheduler import Scheduler
 from mpiddl.overlap.work import Work
+from mpiddl.training.announcements import announcements_of
+from mpiddl.training.shares import check_share, weight_of_backward
 from mpiddl.training.state import broadcast_state
+from mpiddl.training.sync_batch_norm import adopt_batch_norms
 from mpiddl.training.wrapping import agree_on_plan, attach, detach, trained_parameters
 from mpiddl.units import parse_bytes
 
@@ -92,6 +94,7 @@ class DataParallel(torch.nn.Module):
         settings = self.world.settings
         algorithm = algorithm or settings.algorithm
         named = trained_parameters(module)
+        adopt_batch_norms(self, module)
         self._names = [name for name, _ in named]
         self._parameters_reduced = [parameter for _, parameter in named]
         self._known = set(map(id, self._parameters_reduced))
@@ -125,7 +128,10 @@ class DataParallel(torch.nn.Module):
         ]
         self._engine = engine_of(self.world)
         self._scheduler = Scheduler(self._buckets, self._names, ordered, self._engine)
-        self._weight: float | None = None  # of this rank in the sum, inside batch()
+        self._samples: int | None = None  # of this rank, inside batch()
+        self._total: int | None = None  # of all ranks, inside batch(); None: join() tells
+        self._weight = 1 / self.world.size  # of this rank in the sum of the backward that runs
+        self._unreduced = False
         self._stats = Stats()
         self._synchronises = True
         self._backward: int | None = None  # autograd's number for the one that runs
@@ -141,6 +147,7 @@ class DataParallel(torch.nn.Module):
     def gradient_ready(self, member: int, parameter: torch.nn.Parameter) -> None:
         """Called by the hook of parameter ``member`` when autograd has finished its gradient."""
         if not self._synchronises:
+            self._unreduced = True
             return
         started = time.perf_counter()
         name = self._names[member]
@@ -151,6 +158,7 @@ class DataParallel(torch.nn.Module):
             )
         backward = torch._C._current_graph_task_id()
         if backward != self._backward:
+            self._weight = weight_of_backward(self, self._samples, self._total)
             self._scheduler.begin()
             self._backward = backward
             # Autograd calls back once, after all gradients of this backward.
@@ -162,19 +170,44 @@ class DataParallel(torch.nn.Module):
         """Start the all-reduce of bucket ``number``."""
         self.world.check_open()
         buffer = self._buckets[number].buffer
-        weight = 1 / self.world.size if self._weight is None else self._weight
-        reduction = Reduction("sum", None if self.world.size == 1 else weight)
+        reduction = Reduction("sum", None if self.world.size == 1 else self._weight)
         chosen, channel = self._algorithms[number], self._channels[number]
         waits = chosen.run(buffer, reduction, channel, HOST)
         return self._engine.submit(waits, self.world)
 
     def _finish(self) -> None:
+        """The end of a backward of this rank's."""
+        joined = announcements_of(self.world)
+        if joined is not None:
+            joined.finish(self)
+        self.shadow_finish()
+
+    def shadow_finish(self) -> None:
+        """The end of a backward of other ranks, or of this one's."""
         started = time.perf_counter()
         self._backward = None
+        self._unreduced = False
         self._scheduler.finish()
         self._stats.backwards += 1
         self._stats.reduced_bytes += self._nbytes
         self._stats.exposed_seconds += time.perf_counter() - started
+
+    # Ranks that have left `join` follow the others.
+
+    def shadow_begin(self, weight: float) -> None:
+        """Take part in every bucket of a backward with what is in it already."""
+        self._weight = weight
+        self._scheduler.contribute_zeros(self._reduce)
+
+    @property
+    def holds_unreduced(self) -> bool:
+        """Whether ``no_sync`` has left gradients here that no backward has reduced since."""
+        return self._unreduced and any(p.grad is not None for p in self._parameters_reduced)
+
+    @property
+    def share(self) -> int:
+        """What this rank's loss weighs, in relation to other ranks'."""
+        return 1 if self._samples is None else self._samples
 
     def _check_parameters(self) -> None:
         """Refuse to train what would stay on this rank: parameters new or unfrozen since."""
@@ -188,7 +221,7 @@ class DataParallel(torch.nn.Module):
     # What users control.
 
     @contextmanager
-    def batch(self, *, local: int, total: int) -> Iterator[None]:
+    def batch(self, *, local: int, total: int | None = None) -> Iterator[None]:
         """Weight this rank's gradients by its share ``local / total`` of the global batch.
 
         For losses that are means over the local samples: the result is then the gradient of the
@@ -198,32 +231,31 @@ class DataParallel(torch.nn.Module):
 
         Args:
             local: Samples of this rank.
-            total: Samples of all ranks together, the same on every rank.
+            total: Samples of all ranks together, the same on every rank. Inside
+                ``mpiddl.join()`` it may be left out.
 
         Raises:
-            ValueError: ``local`` is negative or larger than ``total``, or ``total`` is 0; or
-                inside ``no_sync()``, where gradients of several batches share one weight.
-            MismatchError: With MPIDDL_CHECK=1: the parts of all ranks do not add up to ``total``.
+            ValueError: ``local`` is negative or larger than ``total``, or ``total`` is 0 or left
+                out; or inside ``no_sync()``, where gradients of several batches share one weight.
+            MismatchError: With MPIDDL_CHECK=1, or inside ``join()``: the parts of all ranks do not
+                add up to ``total``.
         """
-        if not 0 <= local <= total or total == 0:
-            raise ValueError(f"expected 0 <= local <= total and total > 0, got {local} of {total}")
-        if not self._synchronises or self._weight is not None:
+        if not self._synchronises or self._samples is not None:
             raise ValueError(
                 "model.batch() inside no_sync() or another batch(): gradients that are "
                 "accumulated cannot have weights of their own. Leave no_sync() out: two backward "
                 "calls equal one on the summed loss"
             )
-        if self.world.settings.check:
-            _check_shares(local, total, self.world)
-        self._weight = local / total
+        check_share(local, total, self.world)
+        self._samples, self._total = local, total
         before = self._stats.backwards
         try:
             yield
             if local == 0 and self._stats.backwards == before:
-                self._scheduler.contribute_zeros(self._reduce)
+                self.shadow_begin(weight_of_backward(self, self._samples, self._total))
                 self._finish()
         finally:
-            self._weight = None
+            self._samples = self._total = None
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -232,7 +264,7 @@ class DataParallel(torch.nn.Module):
         Raises:
             ValueError: Inside ``batch()``, as there.
         """
-        if self._weight is not None:
+        if self._samples is not None:
             raise ValueError("no_sync() inside model.batch(): see model.batch()")
         before, self._synchronises = self._synchronises, False
         try:
@@ -279,14 +311,3 @@ class DataParallel(torch.nn.Module):
             if name == "module":  # not there yet: do not look for it in itself
                 raise
             return getattr(self.module, name)
-
-
-def _check_shares(local: int, total: int, world: World) -> None:
-    """Weights that do not sum to one scale the gradient, and nothing else would tell."""
-    shares = gather_json([local, total], world=world)
-    summed = sum(part for part, _ in shares)
-    if any(claimed != summed for _, claimed in shares):
-        raise MismatchError(
-            f"model.batch(local=, total=): the ranks hold {[part for part, _ in shares]} samples, "
-            f"{summed} together, but were told total={[claimed for _, claimed in shares]}"
-        )
