@@ -194,14 +194,6 @@ def test_buffers_are_rank_0s_after_every_backward(world, agree):
 
     agree(all(map(torch.allclose, model.module.buffers(), want)), list(model.module.buffers()))
     mpiddl.replicas.check(model, buffers=True)
-    with model.no_sync():  # this forward changes them, and no backward is reduced
-        model(batch(world, 9)[0])
-    running = model.module[1].running_mean
-    agree(
-        world.size == 1
-        or not torch.equal(running, mpiddl.broadcast(running.clone(), 1))
-        or world.rank == 1
-    )
 
 
 def test_two_models_on_two_groups_at_once(world, agree):

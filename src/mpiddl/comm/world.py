@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from mpiddl.comm import failure, launchers, library
 from mpiddl.comm.layout import exchange, find_layout
@@ -188,17 +188,11 @@ class World:
             self.close()
 
     def __deepcopy__(self, memo: object) -> World:
-        """Itself: copies of a model are on the same ranks."""
-        return self
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a World belongs to this process, so it cannot be saved or pickled")
+        return self  # copies of a model are on the same ranks
 
     def __repr__(self) -> str:
-        return (
-            f"World(rank={self.rank}, size={self.size}, local_rank={self.local_rank}, "
-            f"node_rank={self.node_rank}, hostname={self.hostname!r})"
-        )
+        names = ("rank", "size", "local_rank", "node_rank", "hostname")
+        return f"World({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
 
 def _node_of(comm: MPI.Comm) -> MPI.Comm:
