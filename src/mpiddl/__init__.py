@@ -39,12 +39,15 @@ if TYPE_CHECKING:
     from mpiddl.overlap.work import Work as Work
     from mpiddl.training import replicas as replicas
     from mpiddl.training.data_parallel import DataParallel as DataParallel
+    from mpiddl.training.join import join as join
+    from mpiddl.training.sync_batch_norm import SyncBatchNorm as SyncBatchNorm
 
 _HOMES = {
     "DataParallel": "mpiddl.training.data_parallel",
     "MpiddlError": "mpiddl.errors",
     "ShardBatchSampler": "mpiddl.data.samplers",
     "ShardSampler": "mpiddl.data.samplers",
+    "SyncBatchNorm": "mpiddl.training.sync_batch_norm",
     "Work": "mpiddl.overlap.work",
     "World": "mpiddl.comm.world",
     "all_gather": "mpiddl.overlap.exchange",
@@ -57,6 +60,7 @@ _HOMES = {
     "gather": "mpiddl.overlap.rooted",
     "gather_json": "mpiddl.overlap.calls",
     "init": "mpiddl.comm.world",
+    "join": "mpiddl.training.join",
     "recv": "mpiddl.overlap.peers",
     "reduce": "mpiddl.overlap.reductions",
     "reduce_scatter": "mpiddl.overlap.reductions",
@@ -71,6 +75,7 @@ __all__ = [
     "MpiddlError",
     "ShardBatchSampler",
     "ShardSampler",
+    "SyncBatchNorm",
     "Work",
     "World",
     "all_gather",
@@ -83,6 +88,7 @@ __all__ = [
     "gather",
     "gather_json",
     "init",
+    "join",
     "recv",
     "reduce",
     "reduce_scatter",
@@ -97,7 +103,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'mpiddl' has no attribute {name!r}")
     home = importlib.import_module(_HOMES[name])
-    value = home if home.__name__.endswith(f".{name}") else getattr(home, name)
+    value = getattr(home, name, home)  # `replicas` is a module
     globals()[name] = value
     return value
 

@@ -235,3 +235,24 @@ def test_a_killed_rank_ends_the_job(tmp_path, clean_environment):
     assert wait_until_gone(pids), "a rank survived"
     end_of(job, pids, 5)
     assert job.returncode != 0
+
+
+def test_an_exception_inside_join_ends_the_job(start):
+    """The rank that has run out of batches is waiting for the others' announcements."""
+    code = """
+    import time, torch, mpiddl
+    world = mpiddl.init()
+    model = mpiddl.DataParallel(torch.nn.Linear(2, 1))
+    with mpiddl.join(model):
+        for step in range(3 * world.rank):
+            if step == 2 and world.rank == 1:
+                print("failing at", time.time(), flush=True)
+                raise KeyError("the cause")
+            model(torch.ones(1, 2)).sum().backward()
+    """
+    job = start(3, code)
+
+    assert job.status != 0
+    assert "rank 1 of 3" in job.err
+    assert "KeyError: 'the cause'" in job.err
+    assert seconds_to_end(job) < 2

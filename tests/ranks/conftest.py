@@ -44,6 +44,17 @@ def agree():
     return check
 
 
+@pytest.fixture(scope="session")
+def gloo(world):
+    """torch.distributed among the same ranks, for comparisons with it."""
+    if world.num_nodes > 1:
+        pytest.skip("gloo asks for an interface across hosts; compared within one node")
+    from ddp import process_group
+
+    with process_group(world):
+        yield
+
+
 @pytest.fixture
 def shared_tmp_path():
     """One folder for all ranks. (pytest's ``tmp_path`` clears old ones, and ranks would race.)"""

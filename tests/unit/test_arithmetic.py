@@ -103,30 +103,38 @@ def models(draw):
     ]
 
 
-@given(models(), st.integers(1, 2000), st.integers(1, 2000))
-def test_every_gradient_has_one_place(specs, capacity, first_capacity):
-    plan = plan_buckets(specs, capacity, first_capacity)
+@given(models(), st.integers(1, 2000), st.integers(1, 2000), st.randoms())
+def test_every_gradient_has_one_place(specs, capacity, edge_capacity, random):
+    order = random.sample(range(len(specs)), len(specs))
+    plan = plan_buckets(specs, capacity, edge_capacity, order)
 
-    members = [member for bucket in plan.buckets for member in bucket.members]
-    assert sorted(members) == list(range(len(specs)))
+    for dtype, length in plan.lengths.items():
+        # Buckets lie side by side in the arena, and gradients do.
+        stretches = sorted((b.start, b.stop) for b in plan.buckets if b.dtype == dtype)
+        assert [0, *(stop for _, stop in stretches)] == [*(s for s, _ in stretches), length]
+        own = sorted(
+            (plan.offsets[place], spec.length)
+            for place, spec in enumerate(specs)
+            if spec.dtype == dtype
+        )
+        ends = [offset + spec_length for offset, spec_length in own]
+        assert [0, *ends] == [*(offset for offset, _ in own), length]
     for bucket in plan.buckets:
-        assert {specs[member].dtype for member in bucket.members} == {bucket.dtype}
-        assert list(bucket.members) == sorted(bucket.members, reverse=True)
-        ends = [
-            offset + specs[member].length
-            for offset, member in zip(bucket.offsets, bucket.members, strict=True)
-        ]
-        assert list(bucket.offsets) == [0, *ends[:-1]]
-        assert bucket.length == ends[-1]
         itemsize = specs[bucket.members[0]].itemsize
-        assert len(bucket.members) == 1 or bucket.length * itemsize <= capacity
+        assert bucket.length * itemsize <= max(capacity, itemsize)
+        assert {specs[member].dtype for member in bucket.members} == {bucket.dtype}
+    for place, (offset, spec) in enumerate(zip(plan.offsets, specs, strict=True)):
+        holding = [bucket for bucket in plan.buckets if place in bucket.members]
+        inside = [min(b.stop, offset + spec.length) - max(b.start, offset) for b in holding]
+        assert holding
+        assert sum(inside) == spec.length
 
 
-@given(models(), st.integers(1, 2000))
-def test_buckets_come_in_the_order_in_which_they_fill(specs, capacity):
-    """Backward goes from the last parameter to the first."""
-    plan = plan_buckets(specs, capacity)
-    filled_at = [max(len(specs) - 1 - member for member in b.members) for b in plan.buckets]
+@given(models(), st.integers(1, 2000), st.randoms())
+def test_buckets_come_in_the_order_in_which_they_fill(specs, capacity, random):
+    order = random.sample(range(len(specs)), len(specs))
+    plan = plan_buckets(specs, capacity, order=order)
+    filled_at = [max(order.index(member) for member in b.members) for b in plan.buckets]
     assert filled_at == sorted(filled_at)
 
 
@@ -136,14 +144,28 @@ def layers(*nbytes):
     ]
 
 
-def test_the_first_bucket_is_small():
-    plan = plan_buckets(layers(4000, 4000, 4000, 400, 400), capacity=8000, first_capacity=1000)
-    assert [bucket.members for bucket in plan.buckets] == [(4, 3), (2, 1), (0,)]
+def buckets_of(plan):
+    return [(bucket.members, 4 * bucket.length) for bucket in plan.buckets]
 
 
-def test_a_parameter_larger_than_the_capacity_has_its_own_bucket():
-    plan = plan_buckets(layers(100, 9000, 100), capacity=1000, first_capacity=1000)
-    assert [bucket.members for bucket in plan.buckets] == [(2,), (1,), (0,)]
+def test_backward_goes_from_the_last_parameter_to_the_first():
+    plan = plan_buckets(layers(400, 800, 400), capacity=800, edge_capacity=800)
+    assert buckets_of(plan) == [((2,), 400), ((1,), 800), ((0,), 400)]
+
+
+def test_the_first_and_the_last_bucket_are_small():
+    plan = plan_buckets(layers(400, 400, 4000, 400, 400), capacity=8000, edge_capacity=1000)
+    assert buckets_of(plan) == [((4, 3), 800), ((2,), 4000), ((1, 0), 800)]
+
+
+def test_a_large_parameter_is_cut_in_pieces():
+    plan = plan_buckets(layers(100, 9000, 100), capacity=1000, edge_capacity=1000)
+    assert buckets_of(plan) == [((2,), 100), *[((1,), 1000)] * 9, ((0,), 100)]
+
+
+def test_a_large_last_parameter_leaves_a_small_piece_for_the_end():
+    plan = plan_buckets(layers(8000), capacity=8000, edge_capacity=1000)
+    assert buckets_of(plan) == [((0,), 7000), ((0,), 1000)]
 
 
 def test_capacities_must_be_positive():

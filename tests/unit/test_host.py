@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mpiddl.buckets.bucket import Bucket, State, spec_of
-from mpiddl.buckets.plan import plan_buckets
 from mpiddl.devices.host import HostDevice
 
 HOST = HostDevice()
@@ -63,59 +61,6 @@ def test_kept_scratch_is_bounded():
             pass
     kept = sum(memory.nbytes for stack in device._kept.values() for memory in stack)
     assert kept == device._kept_bytes <= device.KEPT_BYTES
-
-
-def bucket_of(*parameters):
-    specs = [spec_of(f"p{number}", parameter) for number, parameter in enumerate(parameters)]
-    plan = plan_buckets(specs, 1 << 20)
-    return Bucket(plan.buckets[0], specs, parameters, torch.empty(plan.buckets[0].length))
-
-
-def test_a_bucket_takes_gradients_wherever_they_are():
-    fresh, own, added = (torch.nn.Parameter(torch.zeros(2, 3)) for _ in range(3))
-    bucket = bucket_of(fresh, own, added)
-    for member, parameter in enumerate((fresh, own, added)):
-        parameter.grad = torch.full((2, 3), float(member + 1))
-        bucket.take(member)
-    view = added.grad
-    bucket.reset()
-    assert bucket.state is State.FILLING
-    assert bucket.missing == {0, 1, 2}
-
-    fresh.grad = torch.full((2, 3), 7.0)  # as after zero_grad(): a tensor of autograd's
-    added.grad += 10  # as in a second backward: in place
-    own.grad = own.grad.detach()  # the same memory under another name
-    for member in range(3):
-        bucket.take(member)
-
-    assert added.grad is view
-    assert bucket.missing == set()
-    assert bucket.buffer.tolist() == [13.0] * 6 + [2.0] * 6 + [7.0] * 6  # last parameter first
-    storage = bucket.buffer.untyped_storage().data_ptr()
-    assert all(p.grad.untyped_storage().data_ptr() == storage for p in (fresh, own, added))
-
-
-def test_views_have_the_parameters_strides():
-    weight = torch.nn.Parameter(torch.zeros(4, 3, 2, 2).to(memory_format=torch.channels_last))
-    transposed = torch.nn.Parameter(torch.zeros(5, 2).t())
-    bucket = bucket_of(weight, transposed)
-    for member, parameter in enumerate((weight, transposed)):
-        parameter.grad = torch.rand(parameter.shape)
-        want = parameter.grad.clone()
-        bucket.take(member)
-        assert parameter.grad.stride() == parameter.stride()
-        assert torch.equal(parameter.grad, want)
-
-
-def test_zeros_for_what_is_missing():
-    absent, present = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2))
-    bucket = bucket_of(absent, present)
-    present.grad = torch.tensor([4.0, 5.0])
-
-    bucket.take_zeros()
-
-    assert bucket.buffer.tolist() == [4.0, 5.0, 0.0, 0.0, 0.0]
-    assert bucket.missing == set()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -187,11 +187,12 @@ class World:
         if kind is None:
             self.close()
 
+    def __deepcopy__(self, memo: object) -> World:
+        return self  # copies of a model are on the same ranks
+
     def __repr__(self) -> str:
-        return (
-            f"World(rank={self.rank}, size={self.size}, local_rank={self.local_rank}, "
-            f"node_rank={self.node_rank}, hostname={self.hostname!r})"
-        )
+        names = ("rank", "size", "local_rank", "node_rank", "hostname")
+        return f"World({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
 
 def _node_of(comm: MPI.Comm) -> MPI.Comm:

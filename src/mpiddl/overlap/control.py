@@ -46,9 +46,9 @@ class Control:
         """A list of every rank's value on every rank."""
         return self._engine.run(objects.gather_json(value, None, self._channel), self._world)
 
-    def broadcast(self, buffer: Buffer) -> Work:
-        """Start to copy rank 0's ``buffer`` to every rank; one such at a time."""
-        waits = broadcast(buffer, 0, self._background, self._world.settings.chunk_size)
+    def broadcast(self, buffer: Buffer, root: int) -> Work:
+        """Start to copy rank ``root``'s ``buffer`` to every rank; one such at a time."""
+        waits = broadcast(buffer, root, self._background, self._world.settings.chunk_size)
         return self._engine.submit(waits, self._world)
 
     def close(self) -> None:

@@ -30,14 +30,14 @@ class BufferBroadcast:
         self._targets: list[torch.Tensor] = []
         self._packed = torch.empty(0, dtype=torch.uint8, device="cpu")
 
-    def start(self) -> None:
-        """Take rank 0's as they are now."""
+    def start(self, root: int = 0) -> None:
+        """Take rank ``root``'s as they are now."""
         self._targets = [buffer for buffer in self._module.buffers() if buffer.numel()]
         if not self._targets:
             return
         with torch.no_grad():
             self._packed = torch.cat([bytes_of(gapless(buffer)) for buffer in self._targets])
-        self._work = self._control.broadcast(self._packed)
+        self._work = self._control.broadcast(self._packed, root)
 
     def finish(self) -> None:
         """Wait for them; nothing, if none were started."""

@@ -11,10 +11,9 @@ import torch
 
 from mpiddl.buckets.plan import BucketPlan
 from mpiddl.comm.world import World, current_world
-from mpiddl.errors import MismatchError
-from mpiddl.overlap.calls import gather_json
 from mpiddl.training.options import options_from
 from mpiddl.training.reducer import Reducer
+from mpiddl.training.shares import check_share
 from mpiddl.training.state import broadcast_state
 from mpiddl.training.stats import Stats
 
@@ -101,6 +100,11 @@ class DataParallel(torch.nn.Module):
         broadcast_state(module, self.world)
 
     @property
+    def reducer(self) -> Reducer:
+        """What reduces the gradients; for the library's own use."""
+        return self._reducer
+
+    @property
     def plan(self) -> BucketPlan:
         """Which gradient is in which bucket."""
         return self._reducer.plan
@@ -113,7 +117,7 @@ class DataParallel(torch.nn.Module):
     # What users control.
 
     @contextmanager
-    def batch(self, *, local: int, total: int) -> Iterator[None]:
+    def batch(self, *, local: int, total: int | None = None) -> Iterator[None]:
         """Weight this rank's gradients by its share ``local / total`` of the global batch.
 
         For losses that are means over the local samples: the result is then the gradient of the
@@ -123,31 +127,31 @@ class DataParallel(torch.nn.Module):
 
         Args:
             local: Samples of this rank.
-            total: Samples of all ranks together, the same on every rank.
+            total: Samples of all ranks together, the same on every rank. Inside
+                ``mpiddl.join()`` it may be left out.
 
         Raises:
-            ValueError: ``local`` is negative or larger than ``total``, or ``total`` is 0; or
-                inside ``no_sync()``, where gradients of several batches share one weight.
-            MismatchError: With MPIDDL_CHECK=1: the parts of all ranks do not add up to ``total``.
+            ValueError: ``local`` is negative or larger than ``total``, or ``total`` is 0 or left
+                out; or inside ``no_sync()``, where gradients of several batches share one weight.
+            MismatchError: With MPIDDL_CHECK=1, or inside ``join()``: the parts of all ranks do not
+                add up to ``total``.
         """
-        if not 0 <= local <= total or total == 0:
-            raise ValueError(f"expected 0 <= local <= total and total > 0, got {local} of {total}")
-        if not self._reducer.synchronises or self._reducer.weight is not None:
+        reducer = self._reducer
+        if not reducer.synchronises or reducer.samples is not None:
             raise ValueError(
                 "model.batch() inside no_sync() or another batch(): gradients that are "
                 "accumulated cannot have weights of their own. Leave no_sync() out: two backward "
                 "calls equal one on the summed loss"
             )
-        if self.world.settings.check:
-            _check_shares(local, total, self.world)
-        self._reducer.weight = local / total
-        before = self._reducer.stats.backwards
+        check_share(local, total, self.world)
+        reducer.samples, reducer.total = local, total
+        before = reducer.stats.backwards
         try:
             yield
-            if local == 0 and self._reducer.stats.backwards == before:
-                self._reducer.contribute_nothing()
+            if local == 0 and reducer.stats.backwards == before:
+                reducer.contribute_nothing()
         finally:
-            self._reducer.weight = None
+            reducer.samples = reducer.total = None
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -156,13 +160,14 @@ class DataParallel(torch.nn.Module):
         Raises:
             ValueError: Inside ``batch()``, as there.
         """
-        if self._reducer.weight is not None:
+        reducer = self._reducer
+        if reducer.samples is not None:
             raise ValueError("no_sync() inside model.batch(): see model.batch()")
-        before, self._reducer.synchronises = self._reducer.synchronises, False
+        before, reducer.synchronises = reducer.synchronises, False
         try:
             yield
         finally:
-            self._reducer.synchronises = before
+            reducer.synchronises = before
 
     def stats(self) -> Stats:
         """What the exchange has cost since the model was wrapped."""
@@ -201,14 +206,3 @@ class DataParallel(torch.nn.Module):
             if name == "module":  # not there yet: do not look for it in itself
                 raise
             return getattr(self.module, name)
-
-
-def _check_shares(local: int, total: int, world: World) -> None:
-    """Weights that do not sum to one scale the gradient, and nothing else would tell."""
-    shares = gather_json([local, total], world=world)
-    summed = sum(part for part, _ in shares)
-    if any(claimed != summed for _, claimed in shares):
-        raise MismatchError(
-            f"model.batch(local=, total=): the ranks hold {[part for part, _ in shares]} samples, "
-            f"{summed} together, but were told total={[claimed for _, claimed in shares]}"
-        )

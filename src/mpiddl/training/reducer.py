@@ -21,13 +21,16 @@ from mpiddl.overlap.control import Control
 from mpiddl.overlap.engine import engine_of
 from mpiddl.overlap.scheduler import Scheduler
 from mpiddl.overlap.work import Work
+from mpiddl.training.announcements import announcements_of
 from mpiddl.training.buffers import BufferBroadcast
 from mpiddl.training.calibration import Calibration, Choice
 from mpiddl.training.checksums import refuse_difference
 from mpiddl.training.finite import check_finite
 from mpiddl.training.options import Options
 from mpiddl.training.roster import Roster
+from mpiddl.training.shares import weight_of_backward
 from mpiddl.training.stats import BucketStats, Stats
+from mpiddl.training.sync_batch_norm import adopt_batch_norms
 from mpiddl.training.unused import Unused
 from mpiddl.training.wrapping import agree_on_plan, attach, detach, trained_parameters
 
@@ -65,7 +68,9 @@ class Reducer:
         gradients: The buckets' memory.
         scheduler: The buckets of the present backward.
         reductions: How they are reduced.
-        weight: Of this rank in the sum; None for 1/size.
+        world: The ranks.
+        samples: Of this rank, inside ``batch()``.
+        total: Of all ranks, inside ``batch()``; None: ``join()`` tells.
         synchronises: Whether a backward reduces.
         deferral: Waits for the buckets in place of the end of backward.
     """
@@ -76,14 +81,19 @@ class Reducer:
 
     def __init__(self, module: torch.nn.Module, world: World, options: Options) -> None:
         self.number = next(_numbers)
-        self.weight: float | None = None
+        self.world = world
+        adopt_batch_norms(self, module)
+        self.samples: int | None = None
+        self.total: int | None = None
         self.synchronises = True
         self.deferral: Deferral | None = None
         self.stats = Stats()
         self.names: list[str] = []
         self.parameters: list[torch.nn.Parameter] = []
         self._module = module
-        self._world = world
+        self._weight = 1 / world.size  # of this rank in the sum of the backward that runs
+        self._takes_part = True  # in the backward that runs
+        self._unreduced = False
         self._options = options
         self._engine = engine_of(world)
         self._control = Control(world)
@@ -112,7 +122,7 @@ class Reducer:
         if self._options.check:
             agree_on_plan(self._module, plan, self._options.algorithm, self._control)
         self._arenas = {
-            dtype: HOST.empty(length, getattr(torch, dtype), self._world)
+            dtype: HOST.empty(length, getattr(torch, dtype), self.world)
             for dtype, length in plan.lengths.items()
         }
         self._unused = Unused(self.parameters, self.names, self._options.static_graph)
@@ -156,6 +166,7 @@ class Reducer:
     def gradient_ready(self, member: int, parameter: torch.nn.Parameter) -> None:
         """Called by the hook of parameter ``member`` when autograd has finished its gradient."""
         if not self.synchronises:
+            self._unreduced = True
             return
         started = time.perf_counter()
         gradient = parameter.grad
@@ -164,6 +175,7 @@ class Reducer:
             self._look_at(member, gradient)
         backward = _number_of_backward()
         if backward != self._backward:
+            self._weight = weight_of_backward(self, self.samples, self.total)
             self._begin()
             self._backward = backward
             # Autograd calls back once, after all gradients of this backward.
@@ -179,8 +191,8 @@ class Reducer:
                 "far; make the embedding with sparse=False"
             )
         if self._options.nan_check != "off":
-            check_finite(self._options.nan_check, self.names[member], gradient, self._world)
-        self._unused.refuse([member])
+            check_finite(self._options.nan_check, self.names[member], gradient, self.world)
+        self._unused.refuse(member)
 
     def _begin(self) -> None:
         record(Kind.BACKWARD_BEGIN, self.number, self.stats.backwards)
@@ -188,28 +200,43 @@ class Reducer:
         if self._next is not None:
             self.gradients.release()
             self._lay_out()
-        if self._unused.here:
-            self._unused.begin()
-            self.scheduler.contribute_nothing(sorted(self._unused.here), self._start)
+        self._takes_part = True
+        self._unused.begin()
+        self.scheduler.contribute_nothing(sorted(self._unused.here or ()), self._start)
 
     def _start(self, bucket: Bucket) -> Work:
-        weight = 1 / self._world.size if self.weight is None else self.weight
-        return self.reductions.start(bucket, None if self._world.size == 1 else weight)
+        return self.reductions.start(bucket, None if self.world.size == 1 else self._weight)
+
+    def _finish(self) -> None:
+        """The end of a backward of this rank's."""
+        joined = announcements_of(self.world)
+        if joined is not None:
+            joined.finish(self)
+        self.shadow_finish()
 
     def contribute_nothing(self) -> None:
         """This rank has no sample: take part in a backward of the others all the same."""
-        self._begin()
-        self.scheduler.contribute_nothing(self.scheduler.absent, self._start)
+        self.shadow_begin(weight_of_backward(self, self.samples, self.total))
         self._finish()
 
-    def _finish(self) -> None:
+    def shadow_begin(self, weight: float) -> None:
+        """Take part in every bucket of a backward with what is in it already. Does not wait."""
+        self._weight = weight
+        self._begin()
+        self._takes_part = False
+        self.scheduler.contribute_nothing(self.scheduler.absent, self._start)
+
+    def shadow_finish(self) -> None:
+        """The end of a backward of other ranks, or of this one's."""
         started = time.perf_counter()
         self._backward = None
+        self._unreduced = False
+        joined = announcements_of(self.world)
         if self._options.find_unused_parameters or self._options.static_graph:
             self._settle_unused()
         self.scheduler.refuse_absent()
         if self._buffers is not None:
-            self._buffers.start()
+            self._buffers.start(0 if joined is None else joined.root)
         record(Kind.BACKWARD_END, self.number, self.stats.backwards)
         self.stats.backwards += 1
         self.stats.reduced_bytes += self._nbytes
@@ -217,13 +244,15 @@ class Reducer:
             self.wait()
         else:
             self.deferral.backward_ended()
-        self._look_ahead()
+        if joined is None:  # else some ranks may not come here any more
+            self._look_ahead()
         self.stats.exposed_seconds += time.perf_counter() - started
 
     def _settle_unused(self) -> None:
         absent = self.scheduler.absent
-        if not self._unused.known:
-            self._unused.settle(absent, self._control)
+        knows = self._unused.here is not None  # then nothing else may be missing
+        self._unused.settle(absent if self._takes_part else None, self._control)
+        if not knows:
             self.scheduler.contribute_nothing(absent, self._start)
 
     def wait(self) -> None:
@@ -268,6 +297,16 @@ class Reducer:
             self.deferral.synchronize()
         named = dict(zip(self.names, self.parameters, strict=True))
         refuse_difference(named, self._control.gather_json)
+
+    @property
+    def holds_unreduced(self) -> bool:
+        """Whether ``no_sync`` has left gradients here that no backward has reduced since."""
+        return self._unreduced and any(p.grad is not None for p in self.parameters)
+
+    @property
+    def share(self) -> int:
+        """What this rank's loss weighs, in relation to other ranks'."""
+        return 1 if self.samples is None else self.samples
 
     def close(self) -> None:
         """The model is trained on this rank alone from now on. Collective."""

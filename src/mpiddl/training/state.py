@@ -28,14 +28,14 @@ def gapless(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous()
 
 
-def broadcast_state(model: torch.nn.Module, world: World) -> None:
-    """Rank 0's parameters and buffers on every rank. Collective; all in flight at once."""
+def broadcast_state(model: torch.nn.Module, world: World, root: int = 0) -> None:
+    """Rank ``root``'s parameters and buffers on every rank. Collective; all in flight at once."""
     engine = engine_of(world)
     copies = [(tensor.detach(), gapless(tensor)) for _, tensor in named_state(model)]
     works = []
     for _, copy in copies:
         channel = Channel(world, world.tags.foreground())
-        waits = broadcast(bytes_of(copy), 0, channel, world.settings.chunk_size)
+        waits = broadcast(bytes_of(copy), root, channel, world.settings.chunk_size)
         works.append(engine.submit(waits, world))
     for work, (tensor, copy) in zip(works, copies, strict=True):
         work.wait()

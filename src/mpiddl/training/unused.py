@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -25,7 +25,8 @@ class Unused:
         static: The same ones take no part in every backward: find out once.
 
     Attributes:
-        here: No gradient on this rank, as far as is known when a backward begins.
+        here: The parameters without a gradient on this rank, as far as that is known when a
+            backward begins.
         untouched: No gradient on any rank in the last backward, and none from before.
     """
 
@@ -35,36 +36,47 @@ class Unused:
         self._parameters = parameters
         self._names = names
         self._static = static
-        self.known = False
-        self.here: frozenset[int] = frozenset()
+        self._known = False  # on every rank, what no rank used
+        self.here: frozenset[int] | None = None
         self.untouched: list[int] = []
         self._nowhere: frozenset[int] = frozenset()
 
     def begin(self) -> None:
         """A backward starts."""
-        self._note_untouched() if self.known else None
+        self.untouched = []
+        if self._known:
+            self._note_untouched()
 
-    def settle(self, absent: Sequence[int], control: Control) -> None:
-        """``absent`` got no gradient on this rank. Collective, unless that is known already."""
-        used = torch.ones(len(self._parameters), dtype=torch.uint8)
-        used[list(absent)] = 0
-        control.largest(used)
-        self._nowhere = frozenset(torch.nonzero(used == 0).flatten().tolist())
-        self._note_untouched()
+    def settle(self, absent: Sequence[int] | None, control: Control) -> None:
+        """End a backward. Collective, unless all is known already.
+
+        Args:
+            absent: Got no gradient on this rank; None: it took no part at all.
+            control: Carries what was used.
+        """
+        if not self._known:
+            used = torch.zeros(len(self._parameters), dtype=torch.uint8, device="cpu")
+            if absent is not None:
+                used.fill_(1)[list(absent)] = 0
+            control.largest(used)
+            self._nowhere = frozenset(torch.nonzero(used == 0).flatten().tolist())
+            self._note_untouched()
         if self._static:
-            self.here, self.known = frozenset(absent), True
+            self._known = True
+            if absent is not None and self.here is None:
+                self.here = frozenset(absent)
 
     def _note_untouched(self) -> None:
         self.untouched = [m for m in sorted(self._nowhere) if self._parameters[m].grad is None]
 
-    def refuse(self, members: Iterable[int]) -> None:
-        """Raise GradientError if one of ``members``, which have a gradient, was unused before."""
-        changed = [self._names[member] for member in members if member in self.here]
-        if changed:
+    def refuse(self, member: int) -> None:
+        """Raise GradientError if ``member``, which has a gradient, had none in the first backward
+        of a static graph."""
+        if self.here is not None and member in self.here:
             raise GradientError(
-                f"parameter {changed[0]!r} got a gradient, but none in the first backward: with "
-                "static_graph=True the same parameters must take part in every step. Pass "
-                "find_unused_parameters=True instead"
+                f"parameter {self._names[member]!r} got a gradient, but none in the first "
+                "backward: with static_graph=True the same parameters must take part in every "
+                "step. Pass find_unused_parameters=True instead"
             )
 
     def restore(self) -> None:

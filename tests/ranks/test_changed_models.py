@@ -1,0 +1,122 @@
+"""Models that change after wrapping are refused; wrappers that are copied and saved go on."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from ddp import batch, coming, mlp, train
+from torch import nn
+from torch.nn.functional import mse_loss
+
+import mpiddl
+from mpiddl.errors import GradientError
+
+
+def add_parameter(model):
+    model.module.extra = nn.Parameter(torch.zeros(1))
+
+
+def replace_layer(model):
+    model.module[0] = mlp()[0]
+
+
+def assign_state(model):
+    model.load_state_dict(mlp(seed=2).state_dict(), assign=True)
+
+
+def to_float32(model):
+    model.float()
+
+
+def to_other_memory(model):
+    for parameter in model.parameters():
+        parameter.data = parameter.data.t().contiguous().t()
+
+
+@pytest.mark.parametrize("change", [add_parameter, replace_layer, assign_state])
+def test_new_parameters_are_refused_by_name(world, agree, change):
+    model = mpiddl.DataParallel(mlp())
+    change(model)
+    with pytest.raises(GradientError, match=r"parameter '(extra|0\.weight)'"):
+        model(batch(world, 0)[0])
+    agree(True)
+
+
+@coming("changed")
+def test_another_dtype_is_refused_by_name(world, agree):
+    model = mpiddl.DataParallel(mlp())
+    to_float32(model)
+    with pytest.raises(GradientError, match=r"'0\.weight'.*float32.*float64"):
+        mse_loss(model(batch(world, 0, torch.float32)[0]), torch.ones(4, 1)).backward()
+    agree(True)
+
+
+@pytest.mark.parametrize("change", [to_other_memory, lambda model: model.double()])
+def test_changes_that_do_not_matter(world, agree, change):
+    model, same = mpiddl.DataParallel(mlp()), mpiddl.DataParallel(mlp())
+    change(model)
+
+    train(model, world)
+
+    train(same, world)
+    agree(all(map(torch.allclose, model.parameters(), same.parameters())))
+    mpiddl.replicas.check(model)
+
+
+@coming("changed")
+def test_a_removed_parameter_is_refused_by_name(world, agree):
+    model = mpiddl.DataParallel(mlp())
+    model.module[0] = nn.Linear(6, 16).double().requires_grad_(False)
+    with pytest.raises(GradientError, match=r"'0\.weight'"):
+        model(batch(world, 0)[0])
+    agree(True)
+
+
+def saved(model):
+    memory = io.BytesIO()
+    torch.save(model, memory)
+    memory.seek(0)
+    return torch.load(memory, weights_only=False)
+
+
+@coming("copies")
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), saved],
+    ids=["deepcopy", "pickle", "torch.save"],
+)
+def test_a_copy_is_a_wrapper_of_its_own(world, agree, copied):
+    model, same = mpiddl.DataParallel(mlp(), bucket_size=500), mpiddl.DataParallel(mlp())
+    train(model, world)
+    train(same, world)
+
+    other = copied(model)
+    before = torch.nn.utils.parameters_to_vector(model.parameters()).clone()
+    train(other, world)
+
+    train(same, world)
+    after = torch.nn.utils.parameters_to_vector(model.parameters())
+    agree(isinstance(other, mpiddl.DataParallel) and torch.equal(before, after))
+    agree(all(map(torch.allclose, other.parameters(), same.parameters())))
+    mpiddl.replicas.check(other)
+
+
+def test_state_dicts_go_round(world, agree):
+    model = mpiddl.DataParallel(mlp())
+    train(model, world)
+    memory = io.BytesIO()
+    torch.save(model.state_dict(), memory)
+    memory.seek(0)
+
+    alone, other = mlp(seed=2), mpiddl.DataParallel(mlp(seed=3))
+    alone.load_state_dict(torch.load(memory, weights_only=True))
+    other.load_state_dict(alone.state_dict())
+
+    agree(all(map(torch.equal, model.parameters(), other.parameters())))
+    train(model, world)
+    train(other, world)
+    agree(all(map(torch.equal, model.parameters(), other.parameters())))
