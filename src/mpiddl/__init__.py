@@ -40,11 +40,13 @@ if TYPE_CHECKING:
     from mpiddl.training import replicas as replicas
     from mpiddl.training.data_parallel import DataParallel as DataParallel
     from mpiddl.training.join import join as join
+    from mpiddl.training.overlapped_optimizer import OverlappedOptimizer as OverlappedOptimizer
     from mpiddl.training.sync_batch_norm import SyncBatchNorm as SyncBatchNorm
 
 _HOMES = {
     "DataParallel": "mpiddl.training.data_parallel",
     "MpiddlError": "mpiddl.errors",
+    "OverlappedOptimizer": "mpiddl.training.overlapped_optimizer",
     "ShardBatchSampler": "mpiddl.data.samplers",
     "ShardSampler": "mpiddl.data.samplers",
     "SyncBatchNorm": "mpiddl.training.sync_batch_norm",
@@ -73,6 +75,7 @@ _HOMES = {
 __all__ = [
     "DataParallel",
     "MpiddlError",
+    "OverlappedOptimizer",
     "ShardBatchSampler",
     "ShardSampler",
     "SyncBatchNorm",

@@ -63,6 +63,10 @@ class Gradients:
                 self._pieces[member].append(piece)
                 self._buckets_of[member].append(bucket)
 
+    def buckets_of(self, member: int) -> Sequence[Bucket]:
+        """Those that a parameter's gradient is in."""
+        return self._buckets_of[member]
+
     def take(self, member: int) -> Sequence[Bucket] | Iterator[Bucket]:
         """Bring a fresh gradient in and make ``grad`` a view; gives each bucket that has its part.
 

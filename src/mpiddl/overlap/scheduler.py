@@ -125,6 +125,11 @@ class Scheduler:
         """Parameters whose gradients have not come in this backward."""
         return [member for member, came in enumerate(self._came) if not came]
 
+    def all_complete(self, buckets: Iterable[Bucket]) -> bool:
+        """Whether ``wait`` for these buckets would return at once."""
+        works = (self.works[bucket.number] for bucket in buckets)
+        return all(work is None or work.complete for work in works)
+
     def wait(self, buckets: Collection[Bucket] | None = None) -> None:
         """Wait for these buckets, or all."""
         for bucket in self._buckets if buckets is None else buckets:

@@ -196,6 +196,8 @@ class Reducer:
 
     def _begin(self) -> None:
         record(Kind.BACKWARD_BEGIN, self.number, self.stats.backwards)
+        if self.deferral is not None:
+            self.deferral.synchronize()
         self.scheduler.begin()
         if self._next is not None:
             self.gradients.release()
@@ -259,8 +261,16 @@ class Reducer:
         """Wait for everything that the last backward left in flight."""
         self.scheduler.wait()
         self._unused.restore()
+        self.wait_for_buffers()
+
+    def wait_for_buffers(self) -> None:
+        """Wait for the model's buffers alone."""
         if self._buffers is not None:
             self._buffers.finish()
+
+    def nudge(self) -> None:
+        """Help the exchange on, from within a forward."""
+        self._engine.nudge()
 
     @property
     def untouched(self) -> Sequence[int]:

@@ -29,6 +29,10 @@ def check(model: torch.nn.Module, world: World | None = None, *, buffers: bool =
         ReplicaError: On every rank; names the ranks and the first parameter that differs.
     """
     world = world or current_world()
-    inner = model.module if isinstance(model, DataParallel) else model
+    inner = model
+    if isinstance(model, DataParallel):
+        inner = model.module
+        if model.reducer.deferral is not None:
+            model.reducer.deferral.synchronize()
     named = named_state(inner) if buffers else inner.named_parameters()
     refuse_difference(dict(named), functools.partial(gather_json, world=world))

@@ -1,0 +1,28 @@
+"""What ``param.grad`` is while it is being reduced."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mpiddl.errors import GradientError
+
+__all__ = ["InFlight", "guard"]
+
+
+class InFlight(torch.Tensor):
+    """Refuses to be looked at: other ranks are adding to it."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise GradientError(
+            "a gradient was used while it is being reduced: with OverlappedOptimizer gradients are "
+            "in flight until the next forward. Call optimizer.wait_for_gradients() first (to clip "
+            "them, for GradScaler, or to print them), which gives up the overlap of this step"
+        )
+
+
+def guard(gradient: torch.Tensor) -> InFlight:
+    """``gradient``'s memory under a name that cannot be used."""
+    return gradient.as_subclass(InFlight)

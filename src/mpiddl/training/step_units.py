@@ -1,0 +1,50 @@
+"""Which parameters are updated together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mpiddl.training.in_flight import guard
+from mpiddl.training.reducer import Reducer
+
+__all__ = ["Group", "StepUnits"]
+
+Group = dict[str, Any]
+"""Of an optimizer's ``param_groups``."""
+
+
+class StepUnits:
+    """Parameters whose gradients are complete with the same bucket are updated together.
+
+    Attributes:
+        gradients: The layout that this is for.
+        members: Of each unit, their places in the model.
+        parameters: The same parameters.
+        buckets: Of each unit, all that its gradients are in.
+        groups: Of each unit and each group of the optimizer, the parameters.
+        others: Of each group, the parameters that are not exchanged.
+        unit_of: By parameter.
+        hidden: By parameter, what ``grad`` is while it is in flight.
+    """
+
+    def __init__(self, reducer: Reducer, groups: Sequence[Group]) -> None:
+        self.gradients = gradients = reducer.gradients
+        self.hidden = [guard(view) for view in gradients.views]
+        by_bucket: dict[int, list[int]] = {}
+        for member in range(len(reducer.parameters)):
+            last = max(bucket.number for bucket in gradients.buckets_of(member))
+            by_bucket.setdefault(last, []).append(member)
+        self.members = [by_bucket[number] for number in sorted(by_bucket)]
+        self.unit_of = {m: unit for unit, members in enumerate(self.members) for m in members}
+        self.parameters = [[reducer.parameters[m] for m in members] for members in self.members]
+        self.buckets = [
+            list({b.number: b for m in members for b in gradients.buckets_of(m)}.values())
+            for members in self.members
+        ]
+        unit_of = {id(reducer.parameters[m]): unit for m, unit in self.unit_of.items()}
+        self.groups = [
+            [[p for p in group["params"] if unit_of.get(id(p)) == unit] for group in groups]
+            for unit in range(len(self.members))
+        ]
+        self.others = [[p for p in group["params"] if id(p) not in unit_of] for group in groups]

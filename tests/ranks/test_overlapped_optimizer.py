@@ -1,0 +1,231 @@
+"""The exchange goes on into the next forward, and nothing else changes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import mpiddl
+from mpiddl.errors import GradientError
+
+STEPS = 6
+
+
+class Tied(nn.Module):
+    """Uses weights in unusual places: before their module, without it, twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(12, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.inner = nn.Linear(8, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.out = nn.Linear(8, 12, bias=False)
+        self.out.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        x = nn.functional.linear(x, self.inner.weight)  # not through the module, nor with its bias
+        x = self.norm((x + self.inner.bias).transpose(1, 2)).transpose(1, 2)
+        return self.out(x)
+
+
+def make(kind):
+    torch.manual_seed(5)
+    if kind == "tied":
+        return Tied()
+    return nn.Sequential(
+        nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 1)
+    )
+
+
+def batch(kind, world, step):
+    generator = torch.Generator().manual_seed(100 * step + world.rank)
+    if kind == "tied":
+        return torch.randint(0, 12, (3, 5), generator=generator)
+    return torch.randn(4, 6, generator=generator)
+
+
+OPTIMIZERS = {
+    "sgd": lambda: (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}),
+    "adam": lambda: (torch.optim.Adam, {"lr": 0.01}),
+    "adamw": lambda: (torch.optim.AdamW, {"lr": 0.01, "amsgrad": True}),
+    "adagrad": lambda: (torch.optim.Adagrad, {"lr": 0.05}),
+    "rmsprop": lambda: (torch.optim.RMSprop, {"lr": 0.01, "centered": True}),
+}
+
+
+def train(world, kind, optimizer, overlaps, engine="inline", schedule=True, **options):
+    """A usual loop; the model and everything in the optimizer at its end."""
+    model = mpiddl.DataParallel(make(kind), engine=engine, bucket_size=300, **options)
+    optimizer_class, arguments = OPTIMIZERS[optimizer]()
+    if overlaps:
+        stepper = mpiddl.OverlappedOptimizer(optimizer_class, model, **arguments)
+    else:
+        stepper = optimizer_class(model.parameters(), **arguments)
+    scheduler = torch.optim.lr_scheduler.StepLR(stepper, 2, gamma=0.5) if schedule else None
+    for step in range(STEPS):
+        stepper.zero_grad()
+        model(batch(kind, world, step)).float().square().mean().backward()
+        stepper.step()
+        if scheduler:
+            scheduler.step()
+    return model, stepper
+
+
+def same(model, other):
+    pairs = zip(model.state_dict().items(), other.state_dict().items(), strict=True)
+    return all(name == theirs and torch.equal(a, b) for (name, a), (theirs, b) in pairs)
+
+
+def same_state(one, other):
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same_state(one[k], other[k]) for k in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same_state, one, other))
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+@pytest.mark.parametrize("engine", ["inline", "thread"])
+@pytest.mark.parametrize("kind", ["mlp", "tied"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_bit_for_bit_the_plain_loop(world, agree, kind, optimizer, engine):
+    plain, plain_optimizer = train(world, kind, optimizer, overlaps=False, engine=engine)
+    model, stepper = train(world, kind, optimizer, overlaps=True, engine=engine)
+
+    agree(same(plain, model))
+    agree(same_state(plain_optimizer.state_dict(), stepper.state_dict()))
+    mpiddl.replicas.check(model)
+
+
+def test_the_learning_rate_counts_as_at_the_step(world, agree):
+    """A schedule that changes it every step, right after ``step()``."""
+    results = []
+    for overlaps in (False, True):
+        model = mpiddl.DataParallel(make("mlp"), bucket_size=300, engine="inline")
+        if overlaps:
+            stepper = mpiddl.OverlappedOptimizer(torch.optim.SGD, model, lr=1.0)
+        else:
+            stepper = torch.optim.SGD(model.parameters(), lr=1.0)
+        for step in range(STEPS):
+            stepper.zero_grad()
+            model(batch("mlp", world, step)).square().mean().backward()
+            stepper.step()
+            stepper.param_groups[0]["lr"] *= 0.5
+        results.append(model)
+    agree(same(*results))
+
+
+def test_states_are_those_of_the_plain_optimizer(world, agree):
+    plain, plain_optimizer = train(world, "mlp", "adam", overlaps=False, schedule=False)
+    model, stepper = train(world, "mlp", "adam", overlaps=True, schedule=False)
+    saved = copy.deepcopy(plain_optimizer.state_dict())
+
+    stepper.load_state_dict(saved)
+    other = torch.optim.Adam(plain.parameters(), lr=0.01)
+    other.load_state_dict(stepper.state_dict())
+
+    agree(same_state(other.state_dict(), saved))
+
+
+def test_buckets_are_in_flight_after_backward_and_gradients_refuse_to_be_read(world, agree):
+    model = mpiddl.DataParallel(make("mlp"), bucket_size=300)
+    stepper = mpiddl.OverlappedOptimizer(torch.optim.SGD, model, lr=0.1)
+    model(batch("mlp", world, 0)).square().mean().backward()
+
+    with pytest.raises(GradientError, match="wait_for_gradients"):
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    with pytest.raises(GradientError, match="wait_for_gradients"):
+        _ = next(model.parameters()).grad + 1
+    agree(True)
+    stepper.synchronize()
+
+
+def test_clipping_after_waiting_is_right(world, agree):
+    results = []
+    for overlaps in (False, True):
+        model = mpiddl.DataParallel(make("mlp"), bucket_size=300, engine="inline")
+        if overlaps:
+            stepper = mpiddl.OverlappedOptimizer(torch.optim.SGD, model, lr=0.5)
+        else:
+            stepper = torch.optim.SGD(model.parameters(), lr=0.5)
+        for step in range(STEPS):
+            stepper.zero_grad()
+            model(batch("mlp", world, step)).square().mean().backward()
+            if overlaps:
+                stepper.wait_for_gradients()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+            stepper.step()
+        results.append(model)
+    agree(same(*results))
+
+
+def test_accumulation_and_evaluation_in_between(world, agree):
+    results = []
+    for overlaps in (False, True):
+        model = mpiddl.DataParallel(make("tied"), bucket_size=300, engine="inline")
+        if overlaps:
+            stepper = mpiddl.OverlappedOptimizer(torch.optim.SGD, model, lr=0.1)
+        else:
+            stepper = torch.optim.SGD(model.parameters(), lr=0.1)
+        outputs = []
+        for step in range(STEPS):
+            stepper.zero_grad()
+            with model.no_sync():
+                model(batch("tied", world, step)).square().mean().backward()
+            model(batch("tied", world, step + 50)).square().mean().backward()
+            model(batch("tied", world, step + 99)).square().mean().backward()  # two exchanges
+            stepper.step()
+            model.eval()
+            with torch.no_grad():
+                outputs.append(model.module(batch("tied", world, 0)))
+            model.train()
+        results.append((model, outputs))
+    (plain, expected), (model, outputs) = results
+    agree(same(plain, model))
+    agree(all(map(torch.equal, expected, outputs)))
+
+
+def test_parameters_may_be_frozen_and_unused(world, agree):
+    results = []
+    for overlaps in (False, True):
+        module = make("mlp")
+        model = mpiddl.DataParallel(module, bucket_size=300, find_unused_parameters=True)
+        if overlaps:
+            stepper = mpiddl.OverlappedOptimizer(torch.optim.Adam, model, lr=0.1)
+        else:
+            stepper = torch.optim.Adam(model.parameters(), lr=0.1)
+        for step in range(STEPS):
+            module[0].requires_grad_(step % 3 != 1)
+            stepper.zero_grad()
+            hidden = module[:2] if step == 4 else None  # the others get no gradient
+            x = batch("mlp", world, step)
+            output = model(x) if hidden is None else _through(model, hidden, x)
+            output.square().mean().backward()
+            stepper.step()
+        results.append(model)
+    agree(same(*results))
+
+
+def _through(model, part, x):
+    """A forward of the wrapper of which only a part counts."""
+    model(x)
+    return part(x)
+
+
+def test_what_cannot_be_overlapped_is_refused(world, agree):
+    model = mpiddl.DataParallel(make("mlp"))
+    with pytest.raises(TypeError, match=r"mpiddl\.DataParallel"):
+        mpiddl.OverlappedOptimizer(torch.optim.SGD, model.module, lr=0.1)
+    with pytest.raises(ValueError, match="LBFGS"):
+        mpiddl.OverlappedOptimizer(torch.optim.LBFGS, model)
+    stepper = mpiddl.OverlappedOptimizer(torch.optim.SGD, model, lr=0.1)
+    with pytest.raises(ValueError, match="already"):
+        mpiddl.OverlappedOptimizer(torch.optim.SGD, model, lr=0.1)
+    with pytest.raises(ValueError, match="closure"):
+        stepper.step(lambda: 0)
+    agree(True)
