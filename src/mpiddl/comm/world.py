@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from mpiddl.comm import failure, launchers, library
+from mpiddl.comm import failure, flight, launchers, library
 from mpiddl.comm.layout import exchange, find_layout
 from mpiddl.comm.messages import Messages, Tags
 from mpiddl.comm.native import Native
@@ -242,6 +242,7 @@ def init(comm: MPI.Comm | None = None, *, device: str | torch.device | None = No
             launch.local_rank,
             world.local_rank,
         )
+    flight.begin(world, world._comm)
     _limit_torch_threads(world.layout.cores)
     _current = world
     return world
