@@ -6,7 +6,11 @@ from collections.abc import Callable, Sequence
 
 from mpiddl.buckets.bucket import Bucket, State
 from mpiddl.errors import GradientError
+from mpiddl.event_words import quoted
+from mpiddl.events import Kind, record, recorder
+from mpiddl.overlap import watchdog
 from mpiddl.overlap.engine import Engine
+from mpiddl.overlap.spans import span
 from mpiddl.overlap.work import Work
 
 __all__ = ["Scheduler"]
@@ -25,6 +29,10 @@ class Scheduler:
         names: The parameters' names, in model order, for errors.
         ordered: Launch strictly in plan order, for algorithms that a library runs.
         engine: Drives what was launched.
+        model: Its number in events.
+
+    Attributes:
+        backwards: Those begun so far.
     """
 
     def __init__(
@@ -33,7 +41,10 @@ class Scheduler:
         names: Sequence[str],
         ordered: bool,
         engine: Engine,
+        model: int = 0,
     ) -> None:
+        self.backwards = 0
+        self._model = model
         self._buckets = buckets
         self._names = names
         self._ordered = ordered
@@ -43,6 +54,7 @@ class Scheduler:
         }
         self._works: list[Work] = []
         self._launched = 0  # with ordered: buckets launched so far
+        watchdog.watch(self.describe)
 
     def begin(self) -> None:
         """A backward starts: every bucket is filling.
@@ -62,6 +74,8 @@ class Scheduler:
         self._works, self._launched = [], 0
         for bucket in self._buckets:
             bucket.reset()
+        self.backwards += 1
+        record(Kind.BACKWARD_BEGIN, self._model, value=self.backwards)
 
     def ready(self, member: int, reduce: Reduce) -> None:
         """Parameter ``member``'s gradient is complete on this rank.
@@ -78,8 +92,11 @@ class Scheduler:
                 "already"
             )
         bucket.take(member)
+        if recorder.tracing:
+            record(Kind.GRADIENT, self._model, member)
         if not bucket.missing:
             bucket.state = State.READY
+            record(Kind.READY, self._model, number, member)
             self._launch(number, reduce)
         else:
             self._engine.poll()
@@ -95,7 +112,9 @@ class Scheduler:
             self._launched += 1
 
     def _start(self, number: int, reduce: Reduce) -> None:
-        self._buckets[number].state = State.IN_FLIGHT
+        bucket = self._buckets[number]
+        bucket.state = State.IN_FLIGHT
+        record(Kind.IN_FLIGHT, self._model, number, bucket.buffer.nbytes)
         self._works.append(reduce(number))
 
     def contribute_zeros(self, reduce: Reduce) -> None:
@@ -116,10 +135,26 @@ class Scheduler:
         if absent:
             raise GradientError(self._absent_message(absent))
         works, self._works = self._works, []
-        for work in works:
-            work.wait()
+        with span(Kind.WAIT_BEGIN, self._model):
+            for work in works:
+                work.wait()
         for bucket in self._buckets:
             bucket.state = State.COMPLETE
+        record(Kind.BACKWARD_END, self._model, value=self.backwards)
+
+    def describe(self) -> str:
+        """Where this model's backward is, in words, for the watchdog's thread."""
+        if not self.backwards:
+            return f"model {self._model} has begun no backward yet"
+        open_ = [
+            _in_words(number, bucket, self._names)
+            for number, bucket in enumerate(self._buckets)
+            if bucket.state is not State.COMPLETE
+        ]
+        if not open_:
+            return f"model {self._model} has ended backward {self.backwards}"
+        more = f" and {len(open_) - 4} more buckets" if len(open_) > 4 else ""
+        return f"model {self._model} is in backward {self.backwards}: {', '.join(open_[:4])}{more}"
 
     def _absent_message(self, absent: Sequence[int]) -> str:
         shown = ", ".join(repr(self._names[member]) for member in absent[:5])
@@ -130,3 +165,11 @@ class Scheduler:
             "requires_grad_(False) before wrapping, or add 0 * parameter.sum() to the loss. "
             "(With activation checkpointing, pass use_reentrant=False.)"
         )
+
+
+def _in_words(number: int, bucket: Bucket, names: Sequence[str]) -> str:
+    if bucket.missing:
+        missing = quoted([names[member] for member in sorted(bucket.missing)])
+        return f"bucket {number} lacks the gradients of {missing}"
+    members = quoted([names[member] for member in bucket.parameters])
+    return f"bucket {number} ({members}) is {bucket.state.value}"

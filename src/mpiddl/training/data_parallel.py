@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from mpiddl.buckets.bucket import Bucket, spec_of
+from mpiddl.buckets.bucket import Bucket, State, spec_of
 from mpiddl.buckets.plan import plan_buckets
 from mpiddl.collectives.channel import Channel
 from mpiddl.collectives.choose import choose
@@ -19,13 +19,16 @@ from mpiddl.collectives.reduction import Reduction
 from mpiddl.comm.world import World, current_world
 from mpiddl.devices.host import HOST
 from mpiddl.errors import GradientError, MismatchError
+from mpiddl.events import Kind, describe, new_model, record
 from mpiddl.overlap.calls import gather_json
 from mpiddl.overlap.engine import engine_of
 from mpiddl.overlap.scheduler import Scheduler
+from mpiddl.overlap.spans import span
 from mpiddl.overlap.work import Work
 from mpiddl.training.state import broadcast_state
 from mpiddl.training.wrapping import agree_on_plan, attach, detach, trained_parameters
 from mpiddl.units import parse_bytes
+from mpiddl.waits import Waits
 
 __all__ = ["DataParallel", "Stats"]
 
@@ -124,7 +127,9 @@ class DataParallel(torch.nn.Module):
             for tag, lane in zip(self._tags, lanes, strict=True)
         ]
         self._engine = engine_of(self.world)
-        self._scheduler = Scheduler(self._buckets, self._names, ordered, self._engine)
+        self._number = new_model()
+        self._scheduler = Scheduler(self._buckets, self._names, ordered, self._engine, self._number)
+        self._describe_plan()
         self._weight: float | None = None  # of this rank in the sum, inside batch()
         self._stats = Stats()
         self._synchronises = True
@@ -134,7 +139,8 @@ class DataParallel(torch.nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.training and torch.is_grad_enabled():
             self._check_parameters()
-        return self.module(*args, **kwargs)
+        with span(Kind.FORWARD_BEGIN, self._number):
+            return self.module(*args, **kwargs)
 
     # The way of a gradient.
 
@@ -166,7 +172,13 @@ class DataParallel(torch.nn.Module):
         reduction = Reduction("sum", None if self.world.size == 1 else weight)
         chosen, channel = self._algorithms[number], self._channels[number]
         waits = chosen.run(buffer, reduction, channel, HOST)
-        return self._engine.submit(waits, self.world)
+        return self._engine.submit(self._noting_its_end(waits, number), self.world)
+
+    def _noting_its_end(self, waits: Waits[None], number: int) -> Waits[None]:
+        yield from waits
+        bucket = self._buckets[number]
+        bucket.state = State.COMPLETE
+        record(Kind.COMPLETE, self._number, number, bucket.buffer.nbytes)
 
     def _finish(self) -> None:
         started = time.perf_counter()
@@ -175,6 +187,17 @@ class DataParallel(torch.nn.Module):
         self._stats.backwards += 1
         self._stats.reduced_bytes += self._nbytes
         self._stats.exposed_seconds += time.perf_counter() - started
+
+    def _describe_plan(self) -> None:
+        """Tell readers of events which parameters are in which bucket."""
+        buckets = [
+            {"members": planned.members, "nbytes": bucket.buffer.nbytes, "tag": tag}
+            for planned, bucket, tag in zip(
+                self.plan.buckets, self._buckets, self._tags, strict=True
+            )
+        ]
+        describe(self._number, self._names, buckets)
+        record(Kind.PLAN, self._number, len(buckets), self._nbytes)
 
     def _check_parameters(self) -> None:
         """Refuse to train what would stay on this rank: parameters new or unfrozen since."""
