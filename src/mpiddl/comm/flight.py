@@ -22,7 +22,7 @@ from mpiddl.comm import failure, library
 from mpiddl.comm.clocks import offsets_of_nodes
 from mpiddl.comm.heartbeats import Heartbeats
 from mpiddl.comm.layout import exchange
-from mpiddl.errors import RecordingError
+from mpiddl.errors import NotInitializedError, RecordingError
 from mpiddl.event_files import TRACE_EVENTS, EventFile, in_use
 from mpiddl.events import recorder
 from mpiddl.log import logger
@@ -37,6 +37,7 @@ __all__ = ["begin", "heartbeats", "hint", "trace_into"]
 KEPT_SECONDS = 3 * 24 * 3600
 """How long what a failed job has left is kept."""
 
+_home: World | None = None  # of mpiddl.init(): its ranks name the files
 _file: EventFile | None = None
 _heartbeats: Heartbeats | None = None
 _told = False
@@ -44,7 +45,8 @@ _told = False
 
 def begin(world: World, comm: MPI.Comm) -> None:
     """Keep this rank's events in a file from now on. Collective over ``comm``, the world's own."""
-    global _heartbeats, _told
+    global _heartbeats, _home, _told
+    _home = world
     job = exchange(comm, _new_name())[0]
     offsets = exchange(comm, offsets_of_nodes(world.messages, world.layout, world.rank))
     offset, error = offsets[world.layout.nodes[world.node_rank][0]]
@@ -62,7 +64,7 @@ def begin(world: World, comm: MPI.Comm) -> None:
         started={"monotonic": time.monotonic_ns(), "since_1970": time.time_ns()},
     )
     if world.settings.trace:
-        trace_into(Path(world.settings.trace), world)
+        trace_into(Path(world.settings.trace))
     elif not recorder.tracing:
         _keep_last_events(job, world)
     if not _told:
@@ -83,13 +85,17 @@ def hint() -> str:
     return f"what each rank did last: mpiddl trace show {_file.path.parent}"
 
 
-def trace_into(folder: Path, world: World) -> None:
-    """Keep all events in ``folder``; files of an earlier run are replaced.
+def trace_into(folder: Path) -> None:
+    """Keep all events in ``folder`` from now on; files of an earlier run are replaced.
 
     Raises:
+        NotInitializedError: Before ``mpiddl.init()``.
         RecordingError: The folder cannot be written.
         ValueError: This rank is tracing into another folder.
     """
+    world = _home
+    if world is None:
+        raise NotInitializedError("call mpiddl.init() first, on every rank")
     folder = folder.absolute()
     if recorder.tracing and _file is not None:
         if _file.path.parent != folder:

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -16,17 +17,24 @@ from mpiddl.collectives.channel import Channel
 from mpiddl.collectives.choose import choose
 from mpiddl.collectives.lanes import kept_lanes
 from mpiddl.collectives.reduction import Reduction
+from mpiddl.comm import flight
 from mpiddl.comm.world import World, current_world
 from mpiddl.devices.host import HOST
 from mpiddl.errors import GradientError, MismatchError
-from mpiddl.events import Kind, describe, new_model, record
+from mpiddl.events import Kind, new_model, record
 from mpiddl.overlap.calls import gather_json
 from mpiddl.overlap.engine import engine_of
 from mpiddl.overlap.scheduler import Scheduler
 from mpiddl.overlap.spans import span
 from mpiddl.overlap.work import Work
 from mpiddl.training.state import broadcast_state
-from mpiddl.training.wrapping import agree_on_plan, attach, detach, trained_parameters
+from mpiddl.training.wrapping import (
+    agree_on_plan,
+    attach,
+    describe_plan,
+    detach,
+    trained_parameters,
+)
 from mpiddl.units import parse_bytes
 from mpiddl.waits import Waits
 
@@ -70,6 +78,8 @@ class DataParallel(torch.nn.Module):
         algorithm: All-reduce algorithm; default MPIDDL_ALGORITHM, else ``"auto"``.
         check: Compare names, shapes, strides, dtypes and buckets between ranks first, so that a
             difference is an error that names the parameter and not a hang.
+        trace: A folder; from now on every rank writes what it does, and when, into a file there
+            (docs/tracing.md). The same as MPIDDL_TRACE, which begins at ``mpiddl.init()``.
 
     Raises:
         ValueError: The model is wrapped already, or has nothing to train.
@@ -88,8 +98,11 @@ class DataParallel(torch.nn.Module):
         bucket_size: int | str | None = None,
         algorithm: str | None = None,
         check: bool = True,
+        trace: str | Path | None = None,
     ) -> None:
         super().__init__()
+        if trace is not None:
+            flight.trace_into(Path(trace))
         self.module = module
         self.world = world or current_world()
         settings = self.world.settings
@@ -129,7 +142,7 @@ class DataParallel(torch.nn.Module):
         self._engine = engine_of(self.world)
         self._number = new_model()
         self._scheduler = Scheduler(self._buckets, self._names, ordered, self._engine, self._number)
-        self._describe_plan()
+        describe_plan(self._number, self.plan, self._tags)
         self._weight: float | None = None  # of this rank in the sum, inside batch()
         self._stats = Stats()
         self._synchronises = True
@@ -187,17 +200,6 @@ class DataParallel(torch.nn.Module):
         self._stats.backwards += 1
         self._stats.reduced_bytes += self._nbytes
         self._stats.exposed_seconds += time.perf_counter() - started
-
-    def _describe_plan(self) -> None:
-        """Tell readers of events which parameters are in which bucket."""
-        buckets = [
-            {"members": planned.members, "nbytes": bucket.buffer.nbytes, "tag": tag}
-            for planned, bucket, tag in zip(
-                self.plan.buckets, self._buckets, self._tags, strict=True
-            )
-        ]
-        describe(self._number, self._names, buckets)
-        record(Kind.PLAN, self._number, len(buckets), self._nbytes)
 
     def _check_parameters(self) -> None:
         """Refuse to train what would stay on this rank: parameters new or unfrozen since."""

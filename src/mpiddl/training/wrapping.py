@@ -14,10 +14,11 @@ from mpiddl.buckets.plan import BucketPlan
 from mpiddl.collectives.reduction import FLOATS
 from mpiddl.comm.world import World
 from mpiddl.errors import GradientError, UnsupportedBufferError
+from mpiddl.events import Kind, describe, record
 from mpiddl.overlap.calls import gather_json
 from mpiddl.training.state import named_state
 
-__all__ = ["agree_on_plan", "attach", "detach", "trained_parameters"]
+__all__ = ["agree_on_plan", "attach", "describe_plan", "detach", "trained_parameters"]
 
 
 class _Wrapper(Protocol):
@@ -81,6 +82,18 @@ def agree_on_plan(module: torch.nn.Module, plan: BucketPlan, algorithm: str, wor
     digests = gather_json(agreement.digest(lines), world=world)
     if any(theirs != digests[0] for theirs in digests):  # only then send them whole
         raise agreement.first_difference(gather_json(lines, world=world))
+
+
+def describe_plan(model: int, plan: BucketPlan, tags: Sequence[int]) -> None:
+    """Tell readers of events which parameters are in which bucket of model ``model``."""
+    specs = plan.parameters
+    nbytes = [bucket.length * specs[bucket.members[0]].itemsize for bucket in plan.buckets]
+    buckets = [
+        {"members": bucket.members, "nbytes": length, "tag": tag}
+        for bucket, length, tag in zip(plan.buckets, nbytes, tags, strict=True)
+    ]
+    describe(model, [spec.name for spec in specs], buckets)
+    record(Kind.PLAN, model, len(buckets), sum(nbytes))
 
 
 def attach(
