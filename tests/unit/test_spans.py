@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from mpiddl.errors import RecordingError
 from mpiddl.event_files import EventFile, read
-from mpiddl.events import EVENT, Kind
+from mpiddl.events import EVENT, Event, Kind, recorder
 from mpiddl.measure.spans import spans_of, steps_of
 from mpiddl.measure.timeline import choose_steps, plot_timeline
 from mpiddl.measure.trace import lines_of, merge, read_folder, read_trace
+from mpiddl.overlap.spans import span
 
 MS = 1_000_000
 BUCKETS = [{"members": [1], "nbytes": 300, "tag": 5}, {"members": [0], "nbytes": 100, "tag": 6}]
@@ -64,8 +66,6 @@ def durations(spans, name):
 
 
 def events_of(recording):
-    from mpiddl.events import Event
-
     return [Event(*event) for event in recording.events.tolist()]
 
 
@@ -153,3 +153,17 @@ def test_mistakes_are_clear(tmp_path):
             read_trace(file)
     with pytest.raises(RecordingError, match="no whole step"):
         choose_steps([])
+
+
+def test_a_span_is_a_range_for_the_profiler():
+    begun, ended = recorder.latest[Kind.WAIT_BEGIN], recorder.latest[Kind.WAIT_END]
+    with torch.profiler.profile() as profile, span(Kind.WAIT_BEGIN, 1, 3):
+        pass
+    with span(Kind.WAIT_BEGIN, 1, 4):
+        pass
+
+    names = [event.name for event in profile.events()]
+    assert [name for name in names if "mpiddl" in name] == ["mpiddl.wait(bucket 3)"]
+    assert recorder.latest[Kind.WAIT_BEGIN] > begun
+    assert recorder.latest[Kind.WAIT_END] > ended
+    assert [event.subject for event in recorder.last(4)] == [4, 4, 3, 3]

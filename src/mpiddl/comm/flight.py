@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from mpiddl.comm.world import World
 
-__all__ = ["begin", "heartbeats", "hint", "trace_into"]
+__all__ = ["begin", "heartbeats", "hint", "hosts", "trace_into"]
 
 KEPT_SECONDS = 3 * 24 * 3600
 """How long what a failed job has left is kept."""
@@ -40,13 +40,15 @@ KEPT_SECONDS = 3 * 24 * 3600
 _home: World | None = None  # of mpiddl.init(): its ranks name the files
 _file: EventFile | None = None
 _heartbeats: Heartbeats | None = None
+_hosts: list[str] = []
 _told = False
 
 
 def begin(world: World, comm: MPI.Comm) -> None:
     """Keep this rank's events in a file from now on. Collective over ``comm``, the world's own."""
-    global _heartbeats, _home, _told
+    global _heartbeats, _home, _hosts, _told
     _home = world
+    _hosts = exchange(comm, world.hostname)
     job = exchange(comm, _new_name())[0]
     offsets = exchange(comm, offsets_of_nodes(world.messages, world.layout, world.rank))
     offset, error = offsets[world.layout.nodes[world.node_rank][0]]
@@ -76,6 +78,11 @@ def begin(world: World, comm: MPI.Comm) -> None:
 def heartbeats() -> Heartbeats | None:
     """Of the ranks of this node; None for a single rank, or without shared memory."""
     return _heartbeats
+
+
+def hosts() -> list[str]:
+    """Each rank's, by name."""
+    return _hosts
 
 
 def hint() -> str:

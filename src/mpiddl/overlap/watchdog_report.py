@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from mpiddl.comm import flight
 from mpiddl.comm.heartbeats import Beat, State
 from mpiddl.comm.world import World
 from mpiddl.event_words import in_words
@@ -18,6 +19,7 @@ from mpiddl.units import format_seconds
 __all__ = ["described", "lines", "summary"]
 
 MOST_FRAMES = 20
+MOST_FAR = 32
 MOST_WAITING = 3
 """Ranks that wait like this one and are described in full; those that are late all are."""
 
@@ -65,8 +67,10 @@ def lines(
         if len(shown) < len(others):
             text += [f"{len(others) - len(shown)} more ranks of this node wait too"]
     if world.num_nodes > 1:
-        here = ", ".join(map(str, ranks))
-        text += [f"only ranks {here} are seen from here; look at what the other nodes' ranks said"]
+        far = [f"{rank} on {host}" for rank, host in enumerate(flight.hosts()) if rank not in ranks]
+        more = f" and {len(far) - MOST_FAR} more" if len(far) > MOST_FAR else ""
+        who = f"rank {', '.join(far[:MOST_FAR])}{more}"
+        text += [f"not seen from here: {who}; a rank that reports nothing itself is late"]
     return text
 
 
