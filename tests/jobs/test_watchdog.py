@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 
+import pytest
+
 TRAIN = """
     import os, signal, sys, time, torch, mpiddl
     world = mpiddl.init()
@@ -77,6 +79,22 @@ def test_a_stopped_rank(start, tmp_path):
 
     assert "rank 1 is late: no sign of life for" in said_by(job, 0)
     assert "rank 1 is late: no sign of life for" in said_by(job, 2)
+
+
+@pytest.mark.parametrize("call", ["mpiddl.empty(10)", "world.split(0)"])
+def test_calls_in_which_mpi_itself_waits(start, tmp_path, call):
+    code = f"""
+        import time, mpiddl
+        world = mpiddl.init()
+        mpiddl.barrier()
+        if world.rank == 1:
+            time.sleep(1000)
+        {call}
+    """
+    job = run(start, tmp_path, code, MPIDDL_TIMEOUT="0.5s")
+
+    assert f"in <module>: {call}" in said_by(job, 0)
+    assert "rank 1 is late: it does not wait" in said_by(job, 0)
 
 
 def test_different_plans_where_nothing_checks(start, tmp_path):

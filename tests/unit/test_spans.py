@@ -98,6 +98,8 @@ def test_what_was_cut_is_no_step_but_is_seen(tmp_path):
     assert durations(spans, "in flight") == [(0, 5), (1, 0)]
     assert [span.open for span in spans if span.name == "wait"] == [True]
     assert steps_of(spans) == []
+    killed = write(tmp_path, 0, STEP[:-2])
+    assert steps_of(spans_of(events_of(killed), killed.about)) == []
 
 
 def test_merge_aligns_clocks_and_plot_reads_it(tmp_path):
