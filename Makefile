@@ -85,7 +85,7 @@ test-ranks-%: install FORCE
 test-mpich test-intel: test-%:
 	$(MAKE) test-ranks-3 MPI=$*
 	MPI=$* $(BIN)/$(PYTEST) tests/jobs/test_failure.py tests/jobs/test_launch.py \
-		tests/jobs/test_shared_memory.py
+		tests/jobs/test_shared_memory.py tests/jobs/test_watchdog.py
 
 # Benchmarks: benchmarks/results and the tables of docs/performance.md are written anew.
 

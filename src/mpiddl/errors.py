@@ -13,6 +13,7 @@ MpiddlError
  +-- GradientError         a gradient came not at all, twice, or sparse
  +-- PeerError             another library could not take part in a benchmark
  +-- OutputError           a result could not be written
+ +-- RecordingError        a file of events or a trace cannot be read
 
 Each message says what happened, on which rank where that matters, and what to do.
 Those that come of a caller's argument are ``ValueError`` too.
@@ -29,6 +30,7 @@ __all__ = [
     "NotInitializedError",
     "OutputError",
     "PeerError",
+    "RecordingError",
     "ReplicaError",
     "SettingsError",
     "SingletonError",
@@ -124,3 +126,7 @@ class OutputError(MpiddlError):
     """Rank 0 could not write a result."""
 
     on_every_rank = True
+
+
+class RecordingError(MpiddlError, ValueError):
+    """A file of events, or a trace made of such files, cannot be read."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mpiddl.errors import SettingsError
-from mpiddl.units import format_bytes, parse_bytes
+from mpiddl.units import format_bytes, parse_bytes, parse_seconds
 
 __all__ = ["ALGORITHM_NAMES", "ENGINES", "Settings", "read"]
 
@@ -87,6 +87,10 @@ class Settings:
     tune: str = _setting("", str, "file of what `mpiddl tune` measured")
     engine: str = _setting("auto", _one_of(*ENGINES), "who drives collectives")
     engine_threads: int = _setting(1, _count, "torch threads of the engine's own thread")
+    timeout: float = _setting(
+        600.0, parse_seconds, "a wait in which nothing moves for longer ends the job; 0 never does"
+    )
+    trace: str = _setting("", str, "folder for a trace of every rank")
 
 
 def read(environ: Mapping[str, str]) -> Settings:

@@ -1,14 +1,16 @@
-"""Sizes as people write them."""
+"""Sizes and times as people write them."""
 
 from __future__ import annotations
 
 import re
 
-__all__ = ["format_bytes", "parse_bytes", "parse_sizes"]
+__all__ = ["format_bytes", "format_seconds", "parse_bytes", "parse_seconds", "parse_sizes"]
 
 _BINARY = {"": 1, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}
 _DECIMAL = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", re.IGNORECASE)
+_SECONDS = {"ms": 1e-3, "": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+_TIME = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|min|h|)\s*", re.IGNORECASE)
 
 
 def parse_bytes(text: str) -> int:
@@ -50,3 +52,27 @@ def parse_sizes(text: str, factor: int = 4) -> list[int]:
     while sizes[-1] * factor <= last:
         sizes.append(sizes[-1] * factor)
     return sizes if sizes[-1] == last else [*sizes, last]
+
+
+def parse_seconds(text: str) -> float:
+    """``"10m"`` -> 600.0. Units are ms, s, m (or min) and h; without one it is seconds.
+
+    Raises:
+        ValueError: ``text`` is not a time.
+    """
+    match = _TIME.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a time; write for example 90s, 10m, 1.5h or 600")
+    return float(match.group(1)) * _SECONDS[match.group(2).lower()]
+
+
+def format_seconds(seconds: float) -> str:
+    """0.0123 -> ``"12.3 ms"``; three digits at most, or minutes and hours."""
+    if seconds >= 3600:
+        return f"{seconds / 3600:.1f} h"
+    if seconds >= 120:
+        return f"{seconds / 60:.1f} min"
+    for factor, unit in ((1, "s"), (1e3, "ms")):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"

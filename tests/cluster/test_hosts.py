@@ -7,6 +7,8 @@ import os
 
 import pytest
 
+from mpiddl.event_files import read
+
 RANKS = "tests/ranks"
 FEW = [f"{RANKS}/test_{name}.py" for name in ("every_collective", "all_reduce", "disturbed")]
 MORE = [f"{RANKS}/test_{name}.py" for name in ("data_parallel", "engine", "many_at_once")]
@@ -85,3 +87,31 @@ def test_bench_and_its_peer_across_hosts(lab, tmp_path):
     assert all(row["wrong"] == 0 for row in report["rows"])
     assert report["environment"]["hosts"] == ["host1", "host2"]
     assert "algorithm 'shared' works within one node" in job.stdout
+
+
+def test_a_rank_stuck_on_another_host(lab):
+    code = """
+import time, mpiddl
+world = mpiddl.init()
+if world.rank == 1:
+    time.sleep(1000)
+mpiddl.barrier()
+"""
+    job = lab(["--hosts", "2"], "python", "-c", code, timeout=60, env={"MPIDDL_TIMEOUT": "1"})
+
+    assert job.returncode != 0
+    assert "rank 0 of 2 on host1 has waited for 3" in job.stderr, job.stdout + job.stderr
+    assert "not seen from here: rank 1 on host2" in job.stderr
+
+
+def test_clocks_of_hosts_are_aligned(lab, tmp_path):
+    """The lab's hosts share a clock, so what was measured is the error."""
+    init = ["python", "-c", "import mpiddl; mpiddl.init()"]
+    job = lab(["--hosts", "3"], *init, env={"MPIDDL_TRACE": str(tmp_path)})
+    assert job.returncode == 0, job.stderr
+
+    clocks = [read(path).about["clock"] for path in sorted(tmp_path.glob("*.events"))]
+    assert clocks[0] == {"offset": 0, "error": 0}
+    for clock in clocks[1:]:
+        assert 0 < clock["error"] < 100_000_000
+        assert abs(clock["offset"]) <= clock["error"]

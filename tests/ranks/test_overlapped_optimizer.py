@@ -122,7 +122,7 @@ def test_the_learning_rate_counts_as_at_the_step(world, agree):
 
 def test_states_are_those_of_the_plain_optimizer(world, agree):
     plain, plain_optimizer = train(world, "mlp", "adam", overlaps=False, schedule=False)
-    model, stepper = train(world, "mlp", "adam", overlaps=True, schedule=False)
+    _model, stepper = train(world, "mlp", "adam", overlaps=True, schedule=False)
     saved = copy.deepcopy(plain_optimizer.state_dict())
 
     stepper.load_state_dict(saved)
@@ -202,7 +202,7 @@ def test_parameters_may_be_frozen_and_unused(world, agree):
         for step in range(STEPS):
             module[0].requires_grad_(step % 3 != 1)
             stepper.zero_grad()
-            hidden = module[:2] if step == 4 else None  # the others get no gradient
+            hidden = module[:2] if step == 5 else None  # the others get no gradient
             x = batch("mlp", world, step)
             output = model(x) if hidden is None else _through(model, hidden, x)
             output.square().mean().backward()

@@ -12,7 +12,7 @@ from mpiddl.buckets.agreement import describe, digest, first_difference, odd_one
 from mpiddl.buckets.plan import ParameterSpec, plan_buckets
 from mpiddl.collectives.broadcast import tree
 from mpiddl.segments import chunked, split
-from mpiddl.units import format_bytes, parse_bytes
+from mpiddl.units import format_bytes, format_seconds, parse_bytes, parse_seconds
 
 lengths = st.integers(0, 1000)
 
@@ -61,6 +61,35 @@ def test_sizes_are_read(text, nbytes):
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(ValueError, match=r"not a size|whole number"):
         parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("600", 600), ("90s", 90), ("1.5 h", 5400), ("10m", 600), ("2MIN", 120), ("250ms", 0.25)],
+)
+def test_times_are_read(text, seconds):
+    assert parse_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "s", "-1", "10 days", "1e3", "nan", "inf"])
+def test_what_is_no_time_is_refused(text):
+    with pytest.raises(ValueError, match="not a time"):
+        parse_seconds(text)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 us"),
+        (2e-6, "2 us"),
+        (0.01234, "12.3 ms"),
+        (90, "90 s"),
+        (600, "10.0 min"),
+        (7200, "2.0 h"),
+    ],
+)
+def test_times_are_printed(seconds, text):
+    assert format_seconds(seconds) == text
 
 
 @given(st.integers(0, 1 << 50))

@@ -12,6 +12,7 @@ from mpiddl.comm.messages import Credits, Messages
 from mpiddl.comm.native import Native
 from mpiddl.comm.world import World
 from mpiddl.devices.base import Buffer
+from mpiddl.events import Kind, record, recorder
 from mpiddl.waits import ALREADY, Wait
 
 __all__ = ["Channel", "bytes_of"]
@@ -74,6 +75,8 @@ class Channel:
 
     def send(self, buffer: Buffer, peer: int) -> Wait:
         """``buffer`` must stay as it is until the wait is done."""
+        if recorder.tracing:
+            record(Kind.CHUNK, 0, self.tag, buffer.nbytes)
         return self.messages.send(buffer.data_ptr(), buffer.nbytes, self._ranks[peer], self.tag)
 
     def room_after(self, outstanding: Sequence[Wait]) -> Wait:

@@ -23,7 +23,7 @@ from typing import NoReturn
 
 from mpiddl.log import logger
 
-__all__ = ["install"]
+__all__ = ["at_clean_exit", "install", "say_last"]
 
 LAST_WORDS_SECONDS = 0.2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -33,6 +33,23 @@ _SHARED_MEMORY = re.compile(r"\s(/dev/shm/(?:mpich_shm_|sm_segment\.|vader_segme
 _installed = False
 _exit_code: object = None  # what the sys.exit that ended the program was called with
 _leaving = False  # the interpreter runs its exit handlers
+_last_words: list[Callable[[], str]] = []
+_at_clean_exit: list[Callable[[], None]] = []
+
+
+def say_last(words: Callable[[], str]) -> None:
+    """Add a line to what is said when this rank fails."""
+    _last_words.append(words)
+
+
+def at_clean_exit(action: Callable[[], None]) -> None:
+    """Call ``action`` when this process leaves and has not failed."""
+    _at_clean_exit.append(action)
+
+
+def _leave_cleanly() -> None:
+    for action in _at_clean_exit:
+        action()
 
 
 class _Exit(SystemExit):
@@ -79,12 +96,18 @@ def install(rank: int, size: int, hostname: str, abort: Callable[[int], None]) -
     os.register_at_fork(before=_ForkWarning(os.getpid()))
     if size == 1:
         atexit.register(_remove_shared_memory_files)
+        atexit.register(_leave_unless_it_raised, os.getpid())
         return
     guard = _Guard(f"rank {rank} of {size} on {hostname}", abort)
     sys.excepthook = guard.on_exception
     sys.exit = _exit
     builtins.exit = builtins.quit = _exit  # type: ignore[assignment] # the site module's
     atexit.register(guard.at_exit)
+
+
+def _leave_unless_it_raised(owner: int) -> None:
+    if os.getpid() == owner and not hasattr(sys, "last_value"):
+        _leave_cleanly()
 
 
 class _Guard:
@@ -118,11 +141,13 @@ class _Guard:
             status = 1
         if status != 0:
             self._end(f"exited with status {status}; ending the job\n", status)
+        _leave_cleanly()
 
     def _end(self, what: str, status: int) -> None:
         with contextlib.suppress(OSError, ValueError):  # a closed pipe must not keep the job up
             sys.stdout.flush()
-            sys.stderr.write(f"mpiddl: {self._name} {what}")
+            last = "".join(f"{words()}\n" for words in _last_words)
+            sys.stderr.write(f"mpiddl: {self._name} {what}{last}")
             sys.stderr.flush()
         _remove_shared_memory_files()
         # A launcher that is busy drops what it has not read of an aborted rank's output, and

@@ -7,6 +7,8 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mpiddl.progress import waiting
+
 if TYPE_CHECKING:
     from mpi4py import MPI
 
@@ -42,12 +44,13 @@ def exchange(comm: MPI.Comm, value: Any) -> list[Any]:
 
     text = json.dumps(value).encode()
     lengths = bytearray(8 * comm.Get_size())
-    comm.Allgather([len(text).to_bytes(8, "little"), MPI.BYTE], [lengths, MPI.BYTE])
-    counts = [
-        int.from_bytes(lengths[start : start + 8], "little") for start in range(0, len(lengths), 8)
-    ]
-    texts = bytearray(sum(counts))
-    comm.Allgatherv([text, MPI.BYTE], [texts, counts, MPI.BYTE])
+    with waiting():
+        comm.Allgather([len(text).to_bytes(8, "little"), MPI.BYTE], [lengths, MPI.BYTE])
+        counts = [
+            int.from_bytes(lengths[at : at + 8], "little") for at in range(0, len(lengths), 8)
+        ]
+        texts = bytearray(sum(counts))
+        comm.Allgatherv([text, MPI.BYTE], [texts, counts, MPI.BYTE])
     stops = [sum(counts[: rank + 1]) for rank in range(len(counts))]
     return [
         json.loads(texts[stop - count : stop]) for stop, count in zip(stops, counts, strict=True)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from mpiddl.comm import failure, launchers, library
+from mpiddl.comm import failure, flight, launchers, library
 from mpiddl.comm.layout import exchange, find_layout
 from mpiddl.comm.messages import Messages, Tags
 from mpiddl.comm.native import Native
@@ -19,6 +19,7 @@ from mpiddl.comm.tuning import Choice, read_choices
 from mpiddl.comm.windows import Windows
 from mpiddl.errors import LaunchError, NotInitializedError, SettingsError
 from mpiddl.log import logger, name_rank
+from mpiddl.progress import waiting
 from mpiddl.settings import Settings, read
 
 if TYPE_CHECKING:
@@ -116,11 +117,11 @@ class World:
 
         return torch.device(self._device)
 
+    @waiting()
     def split(self, color: int | None, key: int = 0) -> World | None:
-        """The ranks that gave the same ``color``, as a world of their own.
+        """The ranks that gave the same ``color``, as a world of their own. Collective.
 
-        Collective: every rank of this world calls it. Ranks are ordered by ``key``, then by
-        their rank here. ``color=None`` takes no part and gets ``None``.
+        Ranks are ordered by ``key``, then by their rank here. ``None`` takes no part and gets it.
 
         Raises:
             ValueError: ``color`` is negative.
@@ -162,6 +163,7 @@ class World:
         """Call ``action`` with this world before its communicators go; once, if told twice."""
         self._at_close[action] = None
 
+    @waiting()
     def close(self) -> None:
         """Stop what runs on this world and free its communicators. Collective; idempotent."""
         global _current
@@ -212,8 +214,7 @@ def init(comm: MPI.Comm | None = None, *, device: str | torch.device | None = No
 
     Args:
         comm: An mpi4py communicator to duplicate; default MPI.COMM_WORLD.
-        device: Where tensors of this rank belong; default the CPU (collectives on GPU tensors
-            are not there yet).
+        device: Where tensors of this rank belong; default the CPU, the only one so far.
 
     Raises:
         NoMpiError: No MPI library could be loaded.
@@ -243,6 +244,7 @@ def init(comm: MPI.Comm | None = None, *, device: str | torch.device | None = No
             launch.local_rank,
             world.local_rank,
         )
+    flight.begin(world, world._comm)
     _limit_torch_threads(world.layout.cores)
     _current = world
     return world

@@ -115,6 +115,11 @@ class BucketReductions:
             chosen = choose(name, buffer.dtype, buffer.nbytes, self.world, lanes)
         return chosen.run(buffer, Reduction("sum", weight), self._channels[number], HOST)
 
+    @property
+    def tags(self) -> Sequence[int]:
+        """Of the buckets' messages, in plan order."""
+        return self._tags
+
     def close(self) -> None:
         """Others may use the tags. Every rank does this at the same place in its program."""
         self.world.tags.give_back(self._tags)

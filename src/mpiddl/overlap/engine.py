@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
+from mpiddl import progress
 from mpiddl.comm.world import World
 from mpiddl.errors import NotInitializedError
 from mpiddl.log import logger
+from mpiddl.overlap import watchdog
 from mpiddl.overlap.work import Label, Work
 from mpiddl.waits import ALREADY, Pause, Wait, Waits
 
@@ -140,13 +142,14 @@ class Engine:
         until = time.monotonic() + seconds
         self._drivers.append(None)
         try:
-            while not all(work.complete for work in works) and time.monotonic() < until:
-                with self._lock:  # for one round: other threads wait for works of theirs
-                    moved = self._round()
-                if moved:
-                    pause.reset()
-                else:
-                    pause()
+            with progress.waiting():
+                while not all(work.complete for work in works) and time.monotonic() < until:
+                    with self._lock:  # for one round: other threads wait for works of theirs
+                        moved = self._round()
+                    if moved:
+                        pause.reset()
+                    else:
+                        pause()
         finally:
             self._drivers.pop()
             self._wake.set()
@@ -184,6 +187,8 @@ class Engine:
             if moved:
                 self._in_flight = [work for work in self._in_flight if not work.complete]
             self._polled = time.perf_counter()
+        if moved:
+            progress.moved()
         return moved
 
     def _start_thread(self) -> None:
@@ -239,6 +244,7 @@ def engine_of(world: World) -> Engine:
             crowded=world.layout.crowded,
             torch_threads=world.settings.engine_threads,
         )
+        watchdog.start(world)
         atexit.register(_engine.stop)  # before MPI's own finalizer
     world.at_close(_engine.abandon)
     return _engine

@@ -8,8 +8,11 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from mpiddl.buckets.bucket import Bucket, State
 from mpiddl.buckets.gradients import Gradients
 from mpiddl.errors import GradientError
-from mpiddl.events import Kind, record
+from mpiddl.event_words import quoted
+from mpiddl.events import Kind, record, recorder
+from mpiddl.overlap import watchdog
 from mpiddl.overlap.engine import Engine
+from mpiddl.overlap.spans import span
 from mpiddl.overlap.work import Work
 
 __all__ = ["Scheduler"]
@@ -29,8 +32,10 @@ class Scheduler:
         model: Number of the model, in events.
         ordered: Start strictly in plan order, for algorithms that a library runs.
         engine: Drives what was started.
+        backwards: Of this model before this layout.
 
     Attributes:
+        backwards: Those begun so far.
         arrived: Parameters in the order in which their gradients came in this backward.
         works: Of each bucket, in this backward; None before it is started.
         exposed: Seconds that ``wait`` has spent on each bucket so far.
@@ -43,7 +48,9 @@ class Scheduler:
         model: int,
         ordered: bool,
         engine: Engine,
+        backwards: int = 0,
     ) -> None:
+        self.backwards = backwards
         self._gradients = gradients
         self._buckets = gradients.buckets
         self._names = names
@@ -55,6 +62,7 @@ class Scheduler:
         self.arrived: list[int] = []
         self.works: list[Work | None] = [None] * len(self._buckets)
         self.exposed = [0.0] * len(self._buckets)
+        watchdog.watch(self.describe)
 
     def begin(self) -> None:
         """A backward starts: every bucket is filling.
@@ -76,6 +84,8 @@ class Scheduler:
         self._came, self.arrived = [False] * len(self._came), []
         for bucket in self._buckets:
             bucket.reset()
+        self.backwards += 1
+        record(Kind.BACKWARD_BEGIN, self._model, value=self.backwards)
 
     def ready(self, member: int, start: Start) -> None:
         """Parameter ``member``'s gradient is complete on this rank.
@@ -90,6 +100,8 @@ class Scheduler:
                 "already"
             )
         self.arrived.append(member)
+        if recorder.tracing:
+            record(Kind.GRADIENT, self._model, member)
         self._launch(member, self._gradients.take(member), start)
         self._engine.nudge()
 
@@ -138,9 +150,8 @@ class Scheduler:
                 continue
             if not work.complete:
                 began = time.perf_counter()
-                record(Kind.WAIT_BEGIN, self._model, bucket.number)
-                work.wait()
-                record(Kind.WAIT_END, self._model, bucket.number)
+                with span(Kind.WAIT_BEGIN, self._model, bucket.number):
+                    work.wait()
                 self.exposed[bucket.number] += time.perf_counter() - began
             else:
                 work.wait()
@@ -159,3 +170,24 @@ class Scheduler:
             "that never take part with requires_grad_(False), or add 0 * parameter.sum() to the "
             "loss. (With activation checkpointing, pass use_reentrant=False.)"
         )
+
+    def describe(self) -> str:
+        """Where this model's backward is, in words, for the watchdog's thread."""
+        if not self.backwards:
+            return f"model {self._model} has begun no backward yet"
+        open_ = [self._in_words(bucket) for bucket in self._buckets if not self._is_over(bucket)]
+        if not open_:
+            return f"model {self._model} has ended backward {self.backwards}"
+        more = f" and {len(open_) - 4} more buckets" if len(open_) > 4 else ""
+        return f"model {self._model} is in backward {self.backwards}: {', '.join(open_[:4])}{more}"
+
+    def _is_over(self, bucket: Bucket) -> bool:
+        work = self.works[bucket.number]
+        return bucket.state is State.COMPLETE or (work is not None and work.complete)
+
+    def _in_words(self, bucket: Bucket) -> str:
+        missing = [self._names[member] for member in bucket.members if not self._came[member]]
+        if missing:
+            return f"bucket {bucket.number} lacks the gradients of {quoted(missing)}"
+        members = quoted([self._names[member] for member in bucket.members])
+        return f"bucket {bucket.number} ({members}) is {bucket.state.value}"

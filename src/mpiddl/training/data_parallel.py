@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
 from mpiddl.buckets.plan import BucketPlan
+from mpiddl.comm import flight
 from mpiddl.comm.world import World, current_world
+from mpiddl.events import Kind
+from mpiddl.overlap.spans import span
 from mpiddl.training.options import options_from
 from mpiddl.training.reducer import Reducer
 from mpiddl.training.shares import check_share
@@ -54,6 +58,8 @@ class DataParallel(torch.nn.Module):
             is reduced, and name parameter and rank. One pass over the gradients.
         check_replicas_every: Backwards between two checks that all ranks have the same
             parameters, to the last bit; 0: never.
+        trace: A folder; from now on every rank writes what it does, and when, into a file there
+            (docs/tracing.md). The same as MPIDDL_TRACE, which begins at ``mpiddl.init()``.
 
     Raises:
         ValueError: The model is wrapped already, or has nothing to train; a bad argument.
@@ -79,8 +85,11 @@ class DataParallel(torch.nn.Module):
         rebuild_buckets: bool = True,
         nan_check: str = "off",
         check_replicas_every: int = 200,
+        trace: str | Path | None = None,
     ) -> None:
         super().__init__()
+        if trace is not None:
+            flight.trace_into(Path(trace))
         self.module = module
         self.world = world or current_world()
         options = options_from(
@@ -112,7 +121,8 @@ class DataParallel(torch.nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.training and torch.is_grad_enabled():
             self._reducer.forward_begins()
-        return self.module(*args, **kwargs)
+        with span(Kind.FORWARD_BEGIN, self._reducer.number):
+            return self.module(*args, **kwargs)
 
     # What users control.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Sequence
 from typing import Protocol
@@ -15,7 +14,7 @@ from mpiddl.buckets.plan import BucketPlan, plan_buckets
 from mpiddl.comm.world import World
 from mpiddl.devices.host import HOST
 from mpiddl.errors import GradientError
-from mpiddl.events import Kind, record
+from mpiddl.events import Kind, new_model, record
 from mpiddl.overlap.bucket_reductions import BucketReductions
 from mpiddl.overlap.control import Control
 from mpiddl.overlap.engine import engine_of
@@ -32,11 +31,16 @@ from mpiddl.training.shares import weight_of_backward
 from mpiddl.training.stats import BucketStats, Stats
 from mpiddl.training.sync_batch_norm import adopt_batch_norms
 from mpiddl.training.unused import Unused
-from mpiddl.training.wrapping import agree_on_plan, attach, detach, trained_parameters
+from mpiddl.training.wrapping import (
+    agree_on_plan,
+    attach,
+    describe_plan,
+    detach,
+    trained_parameters,
+)
 
 __all__ = ["Deferral", "Reducer"]
 
-_numbers = itertools.count()
 _number_of_backward = torch._C._current_graph_task_id
 
 
@@ -80,7 +84,7 @@ class Reducer:
     scheduler: Scheduler
 
     def __init__(self, module: torch.nn.Module, world: World, options: Options) -> None:
-        self.number = next(_numbers)
+        self.number = new_model()
         self.world = world
         adopt_batch_norms(self, module)
         self.samples: int | None = None
@@ -144,14 +148,19 @@ class Reducer:
         self.reductions.threaded = choice.threaded
         self.reductions.fit(self.gradients.buckets)
         self.scheduler = Scheduler(
-            self.gradients, self.names, self.number, self.reductions.ordered, self._engine
+            self.gradients,
+            self.names,
+            self.number,
+            self.reductions.ordered,
+            self._engine,
+            self.scheduler.backwards if hasattr(self, "scheduler") else 0,
         )
         self.stats.buckets = [
             BucketStats(bucket.buffer.nbytes, [self.names[m] for m in bucket.members])
             for bucket in self.gradients.buckets
         ]
         self._nbytes = sum(bucket.nbytes for bucket in self.stats.buckets)
-        record(Kind.PLAN, self.number, len(self.plan.buckets), self._nbytes)
+        describe_plan(self.number, self.plan, self.reductions.tags)
 
     # The way of a gradient.
 
@@ -195,7 +204,6 @@ class Reducer:
         self._unused.refuse(member)
 
     def _begin(self) -> None:
-        record(Kind.BACKWARD_BEGIN, self.number, self.stats.backwards)
         if self.deferral is not None:
             self.deferral.synchronize()
         self.scheduler.begin()
@@ -239,13 +247,13 @@ class Reducer:
         self.scheduler.refuse_absent()
         if self._buffers is not None:
             self._buffers.start(0 if joined is None else joined.root)
-        record(Kind.BACKWARD_END, self.number, self.stats.backwards)
         self.stats.backwards += 1
         self.stats.reduced_bytes += self._nbytes
         if self.deferral is None:
             self.wait()
         else:
             self.deferral.backward_ended()
+        record(Kind.BACKWARD_END, self.number, value=self.scheduler.backwards)
         if joined is None:  # else some ranks may not come here any more
             self._look_ahead()
         self.stats.exposed_seconds += time.perf_counter() - started

@@ -13,10 +13,11 @@ from mpiddl.buckets.gradients import spec_of
 from mpiddl.buckets.plan import BucketPlan
 from mpiddl.collectives.reduction import FLOATS
 from mpiddl.errors import GradientError, UnsupportedBufferError
+from mpiddl.events import Kind, describe, record
 from mpiddl.overlap.control import Control
 from mpiddl.training.state import named_state
 
-__all__ = ["agree_on_plan", "attach", "detach", "trained_parameters"]
+__all__ = ["agree_on_plan", "attach", "describe_plan", "detach", "trained_parameters"]
 
 
 class _Wrapper(Protocol):
@@ -84,6 +85,18 @@ def agree_on_plan(
     digests = control.gather_json(agreement.digest(lines))
     if any(theirs != digests[0] for theirs in digests):  # only then send them whole
         raise agreement.first_difference(control.gather_json(lines))
+
+
+def describe_plan(model: int, plan: BucketPlan, tags: Sequence[int]) -> None:
+    """Tell readers of events which parameters are in which bucket of model ``model``."""
+    specs = plan.parameters
+    nbytes = [bucket.length * specs[bucket.members[0]].itemsize for bucket in plan.buckets]
+    buckets = [
+        {"members": bucket.members, "nbytes": length, "tag": tag}
+        for bucket, length, tag in zip(plan.buckets, nbytes, tags, strict=False)
+    ]
+    describe(model, [spec.name for spec in specs], buckets)
+    record(Kind.PLAN, model, len(buckets), sum(nbytes))
 
 
 def attach(

@@ -1,0 +1,168 @@
+"""No hang: who waits too long says for what, and ends the job.
+
+A thread of its own looks every now and then whether this rank waits for others and nothing
+moves. It makes no MPI calls, for MPI may be what is stuck. The ranks of a node see each other's
+state in shared memory, so that a rank that is waited for says where it is, too.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
+
+from mpiddl import progress
+from mpiddl.comm import flight
+from mpiddl.comm.heartbeats import Beat, State
+from mpiddl.comm.world import World, current_world, is_running
+from mpiddl.events import Kind, recorder
+from mpiddl.overlap import watchdog_report as report
+from mpiddl.units import format_seconds
+
+__all__ = ["Watchdog", "start", "watch"]
+
+FIRST_STEP_FACTOR = 3
+"""Before the first step is done others may load data and compile for longer."""
+GRACE_SECONDS = 5.0
+"""After the report, for the reports of others."""
+LAST_WORDS_SECONDS = 0.5
+STATUS = 1
+
+
+class Watchdog:
+    """Ends the job when this rank waits and nothing has moved for ``timeout`` seconds.
+
+    Time counts only while somebody waits and while this process runs: a suspended machine, or a
+    long evaluation on all ranks, is no reason.
+
+    Args:
+        world: Whose ranks are named.
+        timeout: Seconds; three times as many until the first backward is complete.
+    """
+
+    def __init__(self, world: World, timeout: float) -> None:
+        self._world = world
+        self._timeout = timeout
+        self._tick = min(1.0, timeout / 10)
+        self._stuck = 0.0  # seconds in which this rank waited and nothing moved
+        self._signs = (-1, -1)
+        self._looked = time.monotonic()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="mpiddl-watchdog", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """This process leaves: nobody need wait for it."""
+        self._stopping.set()
+        self._thread.join()
+        self._tell(State.LEFT, report.described(_describers()))
+
+    def _run(self) -> None:
+        self.look()
+        while not self._stopping.wait(self._tick):
+            self.look()
+
+    def look(self) -> None:
+        """Once: count, tell the others, act if it is time."""
+        self._count()
+        state = State.WAITS if progress.is_waiting() else State.RUNS
+        self._tell(state, report.summary(_describers()))  # may be the last: ranks can be stopped
+        given_up = any(beat.state is State.GAVE_UP for beat in self._beats())
+        if self._stuck >= self._limit() or given_up:
+            self._end_job()
+
+    def _count(self) -> None:
+        now, signs = time.monotonic(), (progress.moves(), recorder.count)
+        # After a suspension the clock has jumped, but nobody had time to move.
+        passed = min(now - self._looked, 2 * self._tick)
+        idle = progress.is_waiting() and signs == self._signs
+        self._stuck = self._stuck + passed if idle else 0.0
+        self._looked, self._signs = now, signs
+
+    def _limit(self) -> float:
+        stepped = recorder.latest[Kind.BACKWARD_END] > 0
+        return self._timeout * (1 if stepped else FIRST_STEP_FACTOR)
+
+    def _tell(self, state: State, words: str) -> None:
+        heartbeats = flight.heartbeats()
+        if heartbeats is not None:
+            heartbeats.write(state, int(self._stuck * 1e9), words)
+
+    def _beats(self) -> list[Beat]:
+        heartbeats = flight.heartbeats()
+        return [] if heartbeats is None else heartbeats.read()
+
+    def _end_job(self) -> None:
+        """Report, let others report, leave. MPI is not asked: it may never answer."""
+        world = self._world
+        who = f"rank {world.rank} of {world.size} on {world.hostname}"
+        if progress.is_waiting():
+            what = f"has waited for {format_seconds(self._stuck)} and nothing moved"
+        else:
+            what = "is waited for"
+        setting = f"MPIDDL_TIMEOUT is {format_seconds(self._timeout)}"
+        if not recorder.latest[Kind.BACKWARD_END]:
+            setting += f", {FIRST_STEP_FACTOR} times that before the first step is complete"
+        text = [f"mpiddl: {who} {what}; ending the job ({setting})"]
+        text += report.lines(world, self._beats(), _describers(), 5 * self._tick)
+        text += [flight.hint()]
+        self._tell(State.GAVE_UP, report.summary(_describers()))
+        _say("\n  ".join(text) + "\n")
+        self._wait_for_others()
+        os._exit(STATUS)
+
+    def _wait_for_others(self) -> None:
+        until = time.monotonic() + min(GRACE_SECONDS, max(1.0, self._timeout))
+        while time.monotonic() < until and not self._all_have_spoken():
+            time.sleep(0.05)
+        time.sleep(LAST_WORDS_SECONDS)
+
+    def _all_have_spoken(self) -> bool:
+        alive_since = time.monotonic_ns() - int(5e9 * self._tick)
+        on_this_node = all(
+            beat.state >= State.GAVE_UP or beat.at < alive_since for beat in self._beats()
+        )
+        return on_this_node and self._world.num_nodes == 1
+
+
+def _say(text: str) -> None:
+    """Write to stderr without the locks that a stuck thread may hold."""
+    # What the program has printed would be lost, but to write it may block.
+    flush = threading.Thread(target=sys.stdout.flush, daemon=True)
+    flush.start()
+    flush.join(1.0)
+    os.write(2, text.encode())
+
+
+_watched: list[weakref.WeakMethod[Callable[[], str]]] = []
+_watchdog: Watchdog | None = None
+
+
+def watch(describe: Callable[[], str]) -> None:
+    """Have ``describe`` asked what its object does when a rank is stuck or waited for.
+
+    Args:
+        describe: A method; its object may go. Called from another thread while the object is in
+            use, it must not wait for anything. Returns one line, or nothing.
+    """
+    _watched.append(weakref.WeakMethod(describe))
+
+
+def _describers() -> list[Callable[[], str]]:
+    _watched[:] = [reference for reference in _watched if reference() is not None]
+    return [describe for reference in _watched if (describe := reference()) is not None]
+
+
+def start(world: World) -> None:
+    """Watch over this process from now on; once, however often called."""
+    global _watchdog
+    if is_running():
+        world = current_world()  # and not a part of it
+    timeout = world.settings.timeout
+    if _watchdog is None and timeout > 0 and world.size > 1:
+        _watchdog = Watchdog(world, timeout)
+        atexit.register(_watchdog.stop)

@@ -1,0 +1,121 @@
+"""What a rank says when the job is stuck."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mpiddl.comm import flight
+from mpiddl.comm.heartbeats import Beat, State
+from mpiddl.comm.world import World
+from mpiddl.event_words import in_words
+from mpiddl.events import recorder
+from mpiddl.units import format_seconds
+
+__all__ = ["described", "lines", "summary"]
+
+MOST_FRAMES = 20
+MOST_FAR = 32
+MOST_WAITING = 3
+"""Ranks that wait like this one and are described in full; those that are late all are."""
+
+_OWN_FOLDER = str(Path(__file__).parents[1])
+
+Describers = Sequence[Callable[[], str]]
+
+
+def summary(describers: Describers) -> str:
+    """What this rank does, in one line."""
+    return "; ".join(part for part in (described(describers), _last(), _place()) if part)
+
+
+def described(describers: Describers) -> str:
+    """What this rank's models do, in one line."""
+    words = []
+    for describe in describers:
+        try:
+            words.append(describe())
+        except Exception as error:  # it looks at what other threads change; a report all the same
+            words.append(f"(no description: {error!r})")
+    return "; ".join(text for text in words if text)
+
+
+def lines(
+    world: World, beats: Sequence[Beat], describers: Describers, alive_seconds: float
+) -> list[str]:
+    """The report of this rank, after its first line.
+
+    Args:
+        world: Whose ranks are named.
+        beats: Of the ranks of this node.
+        describers: Say what this rank's models do.
+        alive_seconds: A rank that has been silent for longer may be stopped or dead.
+    """
+    text = [part for part in (described(describers), _last()) if part]
+    text += ["its main thread is at:"]
+    text += [f"  {_line_of(frame)}" for frame in _main_frames()[-MOST_FRAMES:]]
+    ranks = world.layout.nodes[world.node_rank]
+    if len(beats) == len(ranks):
+        others = [pair for pair in zip(ranks, beats, strict=True) if pair[0] != world.rank]
+        waiting = [pair for pair in others if pair[1].stuck and _silence(pair[1]) < alive_seconds]
+        shown = [pair for pair in others if pair not in waiting[MOST_WAITING:]]
+        text += [_of(rank, beat, alive_seconds) for rank, beat in shown]
+        if len(shown) < len(others):
+            text += [f"{len(others) - len(shown)} more ranks of this node wait too"]
+    if world.num_nodes > 1:
+        far = [f"{rank} on {host}" for rank, host in enumerate(flight.hosts()) if rank not in ranks]
+        more = f" and {len(far) - MOST_FAR} more" if len(far) > MOST_FAR else ""
+        who = f"rank {', '.join(far[:MOST_FAR])}{more}"
+        text += [f"not seen from here: {who}; a rank that reports nothing itself is late"]
+    return text
+
+
+def _of(rank: int, beat: Beat, alive_seconds: float) -> str:
+    silent = _silence(beat)
+    if beat.state is State.LEFT:
+        said = f"rank {rank} is not there: its program has ended"
+    elif beat.state is State.STARTS:
+        said = f"rank {rank} has called no collective yet"
+    elif silent > alive_seconds:
+        said = (
+            f"rank {rank} is late: no sign of life for {format_seconds(silent)} (stopped, killed, "
+            "or in code that keeps Python's lock)"
+        )
+    elif beat.stuck:
+        said = f"rank {rank} waits too, since {format_seconds(beat.stuck / 1e9)}"
+    else:
+        said = f"rank {rank} is late: it does not wait"
+    return f"{said}; {beat.words}" if beat.words else said
+
+
+def _silence(beat: Beat) -> float:
+    return (time.monotonic_ns() - beat.at) / 1e9
+
+
+def _last() -> str:
+    """The last thing that this rank did."""
+    for event in recorder.last(1):
+        ago = format_seconds((time.monotonic_ns() - event.at) / 1e9)
+        return f"last, {ago} ago, it {in_words(event, recorder.about)}"
+    return "it has done nothing yet"
+
+
+def _main_frames() -> list[traceback.FrameSummary]:
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    return [] if frame is None else list(traceback.extract_stack(frame))
+
+
+def _line_of(frame: traceback.FrameSummary) -> str:
+    return f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}"
+
+
+def _place() -> str:
+    """Where the main thread is: the innermost line that is not of mpiddl or torch."""
+    for frame in reversed(_main_frames()):
+        if not frame.filename.startswith(_OWN_FOLDER) and "/torch/" not in frame.filename:
+            return f"at {_line_of(frame)}"
+    return ""
