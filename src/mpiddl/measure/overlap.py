@@ -20,7 +20,16 @@ from mpiddl.measure.overlap_candidates import Candidate
 from mpiddl.measure.steps import Cost
 from mpiddl.overlap.calls import all_reduce
 
-__all__ = ["BASELINE", "TOLERANCE", "Plan", "Row", "deviations", "measure", "median_and_interval"]
+__all__ = [
+    "BASELINE",
+    "TOLERANCE",
+    "Plan",
+    "Row",
+    "deviations",
+    "distances_of",
+    "measure",
+    "median_and_interval",
+]
 
 BASELINE, REFERENCE = "none", "after"
 SEED = 0
@@ -87,47 +96,40 @@ class Row:
 def measure(
     spec: ModelSpec, candidates: Sequence[Candidate], world: World, plan: Plan
 ) -> list[Row]:
-    """A row for every candidate, ``none`` among them; the same on every rank. Collective."""
-    names = [candidate.name for candidate in candidates]
+    """A row for every candidate, the same on every rank. Collective.
+
+    ``none`` and ``after`` must be among the candidates: all are compared with these.
+    """
     costs = _costs(candidates, world, plan)
     slowest = costs[:, :, 0].copy()
     all_reduce(slowest, op="max", world=world)
     all_reduce(costs, op="mean", world=world)
-    typical = numpy.median(costs, axis=1)
-    compared = [candidate for candidate in candidates if candidate.name != BASELINE]
-    distances = _distances([candidate.changes() for candidate in compared])
-    all_reduce(distances, op="max", world=world)
-    medoid, far = deviations(distances)
-    far_of = dict(zip([candidate.name for candidate in compared], far, strict=True))
+    names = [candidate.name for candidate in candidates]
     baseline = slowest[names.index(BASELINE)]
-    exposed = {
-        name: median_and_interval(times - baseline)
-        for name, times in zip(names, slowest, strict=True)
-    }
-    after = exposed[REFERENCE][0]
+    after = float(numpy.median(slowest[names.index(REFERENCE)] - baseline))
+    agreement = _agreement(candidates, world)
     rows = []
-    for place, name in enumerate(names):
-        seconds = float(numpy.median(slowest[place]))
-        middle, low, high = exposed[name]
-        cost = Cost(*map(float, typical[place]))
-        comparable = name in far_of and len(compared) > 1
+    for name, times, spent in zip(names, slowest, costs, strict=True):
+        seconds, cost = float(numpy.median(times)), Cost(*numpy.median(spent, axis=0).tolist())
+        exposed, low, high = median_and_interval(times - baseline)
+        deviation, agrees_with = agreement.get(name, (None, None))
         rows.append(
             Row(
                 model=spec.name,
                 candidate=name,
                 ranks=world.size,
                 seconds=seconds,
-                exposed=middle,
+                exposed=exposed,
                 exposed_low=low,
                 exposed_high=high,
-                hidden=None if name == BASELINE or after <= 0 else 1 - middle / after,
+                hidden=None if name == BASELINE or after <= 0 else 1 - exposed / after,
                 samples_per_second=spec.batch * world.size / seconds,
                 cpu=cost.cpu,
                 system=cost.system,
                 beside=cost.beside,
-                deviation=far_of[name] if comparable else None,
-                agrees_with=compared[medoid].name if comparable else None,
-                rounds=slowest[place].tolist(),
+                deviation=deviation,
+                agrees_with=agrees_with,
+                rounds=times.tolist(),
             )
         )
     return rows
@@ -154,21 +156,37 @@ def median_and_interval(values: Array) -> tuple[float, float, float]:
     return float(numpy.median(values)), float(low), float(high)
 
 
-def _distances(changes: Sequence[Sequence[float]]) -> Array:
-    """Between each two candidates, relative to how far training went."""
+def _agreement(
+    candidates: Sequence[Candidate], world: World
+) -> dict[str, tuple[float | None, str | None]]:
+    """How far each candidate is from the one that most others agree with. Collective.
+
+    Without exchange every rank has parameters of its own, so that one is left out.
+    """
+    compared = [candidate for candidate in candidates if candidate.name != BASELINE]
+    if len(compared) < 2:
+        return {}
+    distances = distances_of([candidate.changes() for candidate in compared])
+    all_reduce(distances, op="max", world=world)
+    medoid, far = deviations(distances)
+    names = [candidate.name for candidate in compared]
+    return {name: (away, names[medoid]) for name, away in zip(names, far, strict=True)}
+
+
+def distances_of(changes: Sequence[Sequence[float]]) -> Array:
+    """Between each two candidates' changes, relative to how far training went."""
     prints = numpy.array(changes)
-    far = numpy.linalg.norm(prints[:, None] - prints[None], axis=2)
-    moved = float(numpy.median(numpy.linalg.norm(prints, axis=1)))
-    relative: Array = far / moved if moved else numpy.full_like(far, numpy.inf)
-    return relative
+    with numpy.errstate(all="ignore"):  # nothing moved, or not to numbers: nobody agrees
+        far = numpy.linalg.norm(prints[:, None] - prints[None], axis=2)
+        relative = far / numpy.median(numpy.linalg.norm(prints, axis=1))
+    return numpy.where(numpy.isfinite(relative), relative, numpy.inf)
 
 
 def deviations(distances: Array) -> tuple[int, list[float]]:
     """The candidate that most others are near to, and how far each is from it.
 
-    Whoever is alone is far from it; it takes a majority to be wrong unseen together, and then the
-    rest is far from it, so no difference passes.
+    Whoever is alone is far from it; and should most be wrong together, the rest is far from it, so
+    no difference passes.
     """
-    near = numpy.where(numpy.isfinite(distances), distances, numpy.inf)
-    medoid = int(numpy.argmin(numpy.quantile(near, 0.5, axis=1, method="lower")))
-    return medoid, near[medoid].tolist()
+    medoid = int(numpy.argmin(numpy.quantile(distances, 0.5, axis=1, method="lower")))
+    return medoid, distances[medoid].tolist()
