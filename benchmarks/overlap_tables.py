@@ -64,7 +64,7 @@ def _together(report: dict[str, Any]) -> list[Line]:
     return [
         {"": name, "exposed, ms": _ms(sum_), "exposed / ddp's": _ratio(sum_, sums[PEER])}
         for name, sum_ in sums.items()
-        if name != "none"
+        if not name.startswith("none")
     ]
 
 

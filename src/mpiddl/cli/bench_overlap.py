@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["overlap"]
 
-DEFAULT_CANDIDATES = "mpiddl,next,ddp,horovod"
+DEFAULT_CANDIDATES = "none/again,mpiddl,next,ddp,horovod"
 DEFAULT_ENGINES = "inline,thread"
 
 
@@ -55,7 +55,7 @@ def _some_of(table: str) -> Callable[[str], str]:
 Model = Annotated[str, typer.Option(callback=_some_of("model"), help="Comma-separated.")]
 Candidates = Annotated[
     str,
-    typer.Option(callback=_some_of("candidates"), help="mpiddl,next,ddp,ddp/views,horovod"),
+    typer.Option(callback=_some_of("candidates"), help="Beside none and after; also ddp/views."),
 ]
 Engine = Annotated[
     str, typer.Option(callback=_some_of("engine"), help="Of mpiddl and next: inline,thread,auto")
@@ -102,8 +102,8 @@ def overlap(
     Candidates take turns in random order. `none` exchanges nothing, `after` everything when
     backward is over, `mpiddl` while backward runs, `next` also while the next forward runs; `ddp`
     is torch's DistributedDataParallel on gloo. Exposed is what a step takes longer than without
-    exchange, hidden the part of `after`'s that a candidate does not expose. Exits 1 if their
-    parameters differ in the end.
+    exchange, hidden the part of `after`'s that a candidate does not expose; what `none/again`
+    exposes is noise. Exits 1 if their parameters differ in the end.
     """
     from mpiddl.comm.world import init
     from mpiddl.measure.models import DEFAULTS

@@ -163,7 +163,7 @@ def _agreement(
 
     Without exchange every rank has parameters of its own, so that one is left out.
     """
-    compared = [candidate for candidate in candidates if candidate.name != BASELINE]
+    compared = [each for each in candidates if each.name.partition("/")[0] != BASELINE]
     if len(compared) < 2:
         return {}
     distances = distances_of([candidate.changes() for candidate in compared])

@@ -73,7 +73,7 @@ def ratios(rows: Sequence[Row]) -> list[str]:
     peer = exposed.get(PEER, {})
     lines = []
     for name, ours in exposed.items():
-        if name in (BASELINE, PEER) or not peer or ours.keys() != peer.keys():
+        if name.startswith(BASELINE) or name == PEER or not peer or ours.keys() != peer.keys():
             continue
         shares = {model: _share(ours[model], peer[model]) for model in ours}
         if len(ours) > 1:
