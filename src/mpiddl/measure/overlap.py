@@ -122,7 +122,7 @@ def measure(
                 exposed=exposed,
                 exposed_low=low,
                 exposed_high=high,
-                hidden=None if name == BASELINE or after <= 0 else 1 - exposed / after,
+                hidden=None if _alone(name) or after <= 0 else 1 - exposed / after,
                 samples_per_second=spec.batch * world.size / seconds,
                 cpu=cost.cpu,
                 system=cost.system,
@@ -133,6 +133,11 @@ def measure(
             )
         )
     return rows
+
+
+def _alone(name: str) -> bool:
+    """Whether each rank trains for itself."""
+    return name.partition("/")[0] == BASELINE
 
 
 def _costs(candidates: Sequence[Candidate], world: World, plan: Plan) -> Array:
@@ -163,7 +168,7 @@ def _agreement(
 
     Without exchange every rank has parameters of its own, so that one is left out.
     """
-    compared = [each for each in candidates if each.name.partition("/")[0] != BASELINE]
+    compared = [candidate for candidate in candidates if not _alone(candidate.name)]
     if len(compared) < 2:
         return {}
     distances = distances_of([candidate.changes() for candidate in compared])
