@@ -23,6 +23,8 @@ __all__ = ["overlap"]
 
 DEFAULT_CANDIDATES = "none/again,mpiddl,next,ddp,horovod"
 DEFAULT_ENGINES = "inline,thread"
+MEASURING_STEPS = 30
+"""Enough for ``DataParallel`` to find out bucket size and engine."""
 
 
 def _check_bytes(text: str | None) -> str | None:
@@ -75,7 +77,10 @@ DdpBucketSize = Annotated[
     str | None, typer.Option(callback=_check_bytes, help="torch DDP's; default its own.")
 ]
 Repeats = Annotated[int, typer.Option(min=1, help="Rounds; the median counts.")]
-Warmup = Annotated[int, typer.Option(min=0, help="Rounds before those.")]
+Warmup = Annotated[
+    int | None,
+    typer.Option(min=0, help="Steps of each candidate before those; default 8, with auto 30."),
+]
 Steps = Annotated[int, typer.Option(min=1, help="Steps of a candidate in a round.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write environment, models and rows.")]
 Plot = Annotated[Path | None, typer.Option("--plot", help="Draw exposed time, PNG.")]
@@ -92,7 +97,7 @@ def overlap(
     bucket_size: BucketSize = None,
     ddp_bucket_size: DdpBucketSize = None,
     repeats: Repeats = 15,
-    warmup: Warmup = 2,
+    warmup: Warmup = None,
     steps: Steps = 3,
     json_file: Json = None,
     plot_file: Plot = None,
@@ -118,6 +123,8 @@ def overlap(
     options = Options(bucket_size, ddp_bytes)
     world = init()
     refuse_files(json_file, plot_file, plot=plot_file)
+    if warmup is None:
+        warmup = MEASURING_STEPS if "auto" in (bucket_size, *engine.split(",")) else 8
     report = _Report(world, options, Plan(repeats, warmup, steps))
     others = Others(world)
     wanted = candidates != DEFAULT_CANDIDATES or engine != DEFAULT_ENGINES

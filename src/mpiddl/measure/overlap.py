@@ -46,8 +46,8 @@ class Plan:
     """How often to measure.
 
     Attributes:
-        repeats: Rounds that count; a candidate has one block of steps in each.
-        warmup: Rounds before those.
+        repeats: Rounds; a candidate has one block of steps in each.
+        warmup: Steps of each candidate before those, in one go.
         steps: Steps of a block that count; one more before them does not.
     """
 
@@ -144,11 +144,11 @@ def _costs(candidates: Sequence[Candidate], world: World, plan: Plan) -> Array:
     """This rank's costs by candidate and round. Every round has an order of its own."""
     order = random.Random(SEED)  # noqa: S311 - the same on every rank, no secret
     costs = numpy.zeros((len(candidates), plan.repeats, len(Cost._fields)))
-    for turn in range(-plan.warmup, plan.repeats):
+    for candidate in candidates:
+        candidate.run(plan.warmup)
+    for turn in range(plan.repeats):
         for place in order.sample(range(len(candidates)), len(candidates)):
-            cost = candidates[place].run(plan.steps)
-            if turn >= 0:
-                costs[place, turn] = cost
+            costs[place, turn] = candidates[place].run(plan.steps)
     return costs
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,7 +17,6 @@ from mpiddl.measure.models import ModelSpec
 from mpiddl.measure.peers import Peer
 from mpiddl.measure.steps import LEARNING_RATE, Cost, Training, Way, sgd
 from mpiddl.overlap.calls import all_reduce, barrier
-from mpiddl.overlap.engine import engine_of
 from mpiddl.training.data_parallel import DataParallel
 
 __all__ = ["ENGINES", "NAMES", "Candidate", "Options", "Others", "candidates", "expanded"]
@@ -160,12 +158,9 @@ def _after(_engine: str, _options: Options, world: World, model: nn.Module) -> W
 
 
 def _wrapped(engine: str, options: Options, world: World, model: nn.Module) -> DataParallel:
-    settings: dict[str, Any] = {"bucket_size": options.bucket_size}
-    if "engine" in inspect.signature(DataParallel).parameters:
-        settings["engine"] = engine
-    elif engine not in ("auto", mode := engine_of(world).mode):
-        raise PeerError(f"mpiddl/{engine}: the engine runs {mode}; set MPIDDL_ENGINE={engine}")
-    return DataParallel(model, world=world, **settings)
+    if engine == "thread" and not world.allows_threads:
+        raise PeerError("the engine's thread: this MPI grants no MPI_THREAD_MULTIPLE")
+    return DataParallel(model, world=world, bucket_size=options.bucket_size, engine=engine)
 
 
 def _mpiddl(engine: str, options: Options, world: World, model: nn.Module) -> Way:

@@ -99,7 +99,8 @@ class Training:
             self._step()
         after = _clocks()
         self._way.settle()
-        return Cost(*((late - early) / steps for early, late in zip(before, after, strict=True)))
+        spent = (late - early for early, late in zip(before, after, strict=True))
+        return Cost(*(seconds / max(1, steps) for seconds in spent))
 
     def _step(self) -> None:
         way = self._way
