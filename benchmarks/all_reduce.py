@@ -9,29 +9,11 @@ writes its JSON into benchmarks/results, with the commit. Tables: benchmarks/tab
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import typer
-
-HERE = Path(__file__).parent
-MPIRUN = HERE.parent / "tools" / "mpirun"
-MPIS = ("openmpi", "mpich", "intel", "system")
-
-
-class Run(NamedTuple):
-    """One `mpiddl bench`; ``lab`` are the lab's options, none: this machine alone."""
-
-    name: str
-    ranks: int
-    flags: str
-    lab: str = ""
-
+from suite import HERE, Run, measure_all
 
 SMALL = "--sizes 64,1KiB,8KiB,64KiB --algorithms auto,library,gloo --repeats 31"
 LARGE = "--sizes 256KiB:256MiB --algorithms auto,ring,library,gloo --repeats 15"
@@ -55,41 +37,6 @@ LAB_RUNS = [
 ]
 
 
-def _check_output(*command: str) -> str:
-    return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout
-
-
-def _installed() -> list[str]:
-    """By the files with which `make install MPI=...` remembers."""
-    return [name for name in MPIS if (Path(sys.prefix) / f".{name}").exists()]
-
-
-def _measure(mpi: str, run: Run, out: Path) -> None:
-    file = out / f"all_reduce_{mpi}_{run.name}.json"
-    bench = ["python", "-m", "mpiddl", "bench", "all-reduce", *run.flags.split()]
-    command = [str(MPIRUN), "-n", str(run.ranks), *bench]
-    if run.lab:
-        lab = [sys.executable, str(HERE / "lab"), "--mpi", mpi, *run.lab.split()]
-        command = [*lab, "--", *bench]
-        goodput = json.loads(_check_output(*lab[:4], *_link(run.lab), "--tcp"))
-    print(f"\n$ MPI={mpi} {' '.join(command)}", flush=True)
-    with tempfile.TemporaryDirectory() as cache:  # without what `mpiddl tune` found here
-        environment = {**os.environ, "MPI": mpi, "XDG_CACHE_HOME": cache}
-        subprocess.run([*command, "--json", str(file)], env=environment, check=True)
-    report = json.loads(file.read_text())
-    report["environment"]["command"] = " ".join(bench[2:])
-    report["environment"]["commit"] = _check_output("git", "rev-parse", "--short", "HEAD").strip()
-    if run.lab:
-        report["environment"]["lab"] = run.lab
-        report["environment"]["tcp_gbps"] = min(goodput["mb_per_second"].values()) / 1e3
-    file.write_text(json.dumps(report, indent=1) + "\n")
-
-
-def _link(options: str) -> list[str]:
-    words = options.split()
-    return words[words.index("--rate") :][:2]
-
-
 def main(
     lab: Annotated[bool, typer.Option("--lab", help="Also across hosts; needs root.")] = False,
     mpi: Annotated[str, typer.Option(help="Comma-separated; default all installed.")] = "",
@@ -97,14 +44,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of results.")] = HERE / "results",
 ) -> None:
     """Measure every run with every MPI."""
-    names = mpi.split(",") if mpi else _installed()
-    if unknown := set(names) - set(MPIS):
-        raise typer.BadParameter(f"no MPI {', '.join(sorted(unknown))}; {', '.join(MPIS)}")
-    out.mkdir(parents=True, exist_ok=True)
-    for run in [*RUNS, *(LAB_RUNS if lab else [])]:
-        for name in names:
-            if only in run.name and not (run.lab and name == "system"):
-                _measure(name, run, out)
+    measure_all("all-reduce", [*RUNS, *(LAB_RUNS if lab else [])], mpi, only, out)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python benchmarks/tables.py
 
-Only what stands between the two comments `tables` in that file is replaced.
+Only what stands between the two comments `tables`, and the two comments `overlap`, in that file is
+replaced.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from overlap_tables import overlap_tables
 from tabulate import tabulate
 
 from mpiddl.units import format_bytes
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "performance.md"
-BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 RUNS = {
     "2_ranks_small": "Two ranks on one node, small buffers",
     "2_ranks_large": "Two ranks on one node",
@@ -28,6 +29,11 @@ RUNS = {
     "2_hosts_1gbit": "Two hosts, 1 Gbit/s",
     "4_hosts_200mbit": "Four hosts, 200 Mbit/s",
     "2x2_200mbit_cyclic": "Two hosts of two ranks, 200 Mbit/s, ranks dealt in turn",
+}
+OVERLAP_RUNS = {
+    "2_ranks": "Two ranks on one node, one thread each",
+    "2_hosts_1gbit_batch_2048": "Two hosts, 1 Gbit/s, where computing takes longer",
+    "2_hosts_1gbit_batch_512": "Two hosts, 1 Gbit/s, where the link takes longer",
 }
 Row = dict[str, Any]
 
@@ -90,6 +96,10 @@ def _table(report: dict[str, Any]) -> str:
     for nbytes in sizes:
         rows = {_key(row): row for row in report["rows"] if row["nbytes"] == nbytes}
         lines.append({"size": format_bytes(nbytes), **cells_of(report, rows)})
+    return _formatted(lines)
+
+
+def _formatted(lines: Sequence[dict[str, str]]) -> str:
     names = {name: None for line in lines for name in line}
     cells = [[line.get(name, "") for name in names] for line in lines]
     align = ["left", *["right"] * (len(names) - 1)]
@@ -106,30 +116,40 @@ def _heading(report: dict[str, Any]) -> str:
     ]
     if "lab" in environment:
         facts.append(f"plain TCP {environment['tcp_gbps'] * 1e3:.1f} MB/s")
-    else:
+    elif "memory" in report:
         facts.append(f"memory {report['memory']['stream_gbps']:.1f} GB/s")
     return ", ".join(facts) + f": `{environment['command']}`"
 
 
-def tables(results: Sequence[Path]) -> str:
-    """All tables, as Markdown."""
+def tables(runs: dict[str, str], bench: str) -> str:
+    """All tables of one suite, as Markdown."""
     parts = []
-    for name, title in RUNS.items():
-        found = [path for path in results if path.stem.endswith(f"_{name}")]
+    for name, title in runs.items():
+        found = sorted((HERE / "results").glob(f"{bench}_*_{name}.json"), reverse=True)
         if found:
             parts.append(f"### {title}")
         for path in found:
             report = json.loads(path.read_text())
-            parts += [_heading(report), _table(report)]
+            parts.append(_heading(report))
+            if bench == "overlap":
+                for caption, lines in overlap_tables(report):
+                    parts += [f"{caption}:", _formatted(lines)]
+            else:
+                parts.append(_table(report))
     return "\n\n".join(parts)
 
 
+def _replaced(page: str, name: str, text: str) -> str:
+    """``page`` with ``text`` between its two comments of that name."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, _, rest = page.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n\n{text}\n\n{end}{after}"
+
+
 def main() -> None:
-    page = PAGE.read_text()
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    text = tables(sorted((HERE / "results").glob("all_reduce_*.json"), reverse=True))
-    PAGE.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+    page = _replaced(PAGE.read_text(), "tables", tables(RUNS, "all_reduce"))
+    PAGE.write_text(_replaced(page, "overlap", tables(OVERLAP_RUNS, "overlap")))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,19 @@
-"""``mpiddl bench``: how fast are collectives on these ranks, and are they right."""
+"""``mpiddl bench``: how fast are collectives on these ranks, and are they right.
+
+Its ``overlap``, which trains models, is in bench_overlap.py.
+"""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mpiddl.cli import bench_overlap
 from mpiddl.cli.arguments import check_sizes
+from mpiddl.cli.outputs import refuse_files, write_files
 from mpiddl.cli.run import deferred, let_rank_0_speak
 from mpiddl.units import parse_sizes
 
@@ -23,31 +27,9 @@ __all__ = ["app"]
 DEFAULT_ALGORITHMS = "auto,library,gloo"
 
 app = typer.Typer(
-    help="Time collectives on these ranks and check every result: run it under mpirun or srun.",
+    help="Time collectives or training on these ranks and check results: run under mpirun or srun.",
     no_args_is_help=True,
 )
-
-
-def _refuse_files(json_file: Path | None, csv_file: Path | None, plot_file: Path | None) -> None:
-    """Before anything is measured, not after. Only rank 0 writes: its node alone counts.
-
-    Raises:
-        OutputError: On every rank.
-    """
-    from mpiddl.errors import OutputError
-    from mpiddl.overlap.calls import broadcast_json
-
-    problem = None
-    for path in (json_file, csv_file, plot_file):
-        if path is not None and not path.parent.is_dir():
-            problem = f"{path} cannot be written: there is no folder {path.parent}"
-        elif path is not None and path.is_dir():
-            problem = f"{path} cannot be written: it is a folder"
-    if plot_file is not None and importlib.util.find_spec("matplotlib") is None:
-        problem = "--plot needs matplotlib: pip install 'mpiddl[plots]'"
-    problem = broadcast_json(problem)
-    if problem:
-        raise OutputError(problem)
 
 
 def _one_of(table: str) -> Callable[[str], str]:
@@ -108,7 +90,7 @@ def _command(collective: str) -> Callable[..., None]:
         names = _names(algorithms, collective)
         plan = Plan(repeats, warmup, check, fresh)
         world = init()
-        _refuse_files(json_file, csv_file, plot_file)
+        refuse_files(json_file, csv_file, plot_file, plot=plot_file)
         report = _Report(world)
         memory = measure_memory(world)
         limit = None
@@ -130,6 +112,7 @@ def _command(collective: str) -> Callable[..., None]:
 
 for _name in ("all-reduce", "reduce-scatter", "all-gather", "broadcast", "all-to-all"):
     app.command(_name)(deferred(_command(_name)))
+app.command("overlap")(deferred(bench_overlap.overlap))
 
 
 def _names(text: str, collective: str) -> list[str]:
@@ -224,10 +207,8 @@ class _Report:
         Raises:
             OutputError: On every rank.
         """
-        from mpiddl.errors import OutputError
         from mpiddl.measure.plots import plot_bandwidth
         from mpiddl.measure.report import write_csv, write_json
-        from mpiddl.overlap.calls import broadcast_json
 
         ranks, mpi = len(self._environment["ranks"]), self._environment["mpi"]
         title = f"{title}, {ranks} ranks, {mpi}"
@@ -236,16 +217,7 @@ class _Report:
             csv_file: lambda path: write_csv(path, self._rows),
             plot_file: lambda path: plot_bandwidth(path, self._rows, self._limit, title),
         }
-        problem = None
-        for path, write in writers.items():
-            try:
-                if path is not None and self._speaks:
-                    write(path)
-            except OSError as error:
-                problem = problem or f"{path} cannot be written: {error.strerror}"
-        problem = broadcast_json(problem)
-        if problem:
-            raise OutputError(problem)
+        write_files(writers)
 
     def judge(self, min_busbw: float | None) -> None:
         """Exit 1 on every rank if results are wrong or too slow."""

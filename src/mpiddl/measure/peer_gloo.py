@@ -1,4 +1,4 @@
-"""gloo, through torch.distributed."""
+"""gloo, through torch.distributed, and torch's DistributedDataParallel on it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import distributed
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.nn.parallel import DistributedDataParallel
+
+from mpiddl.measure.steps import Way, sgd
 
 __all__ = ["Gloo", "connect"]
 
@@ -57,6 +60,14 @@ class Gloo:
             )
         else:
             distributed.all_reduce(target, getattr(distributed.ReduceOp, OPS[op]))
+
+    def parallel(self, model: torch.nn.Module, **options: Any) -> Way:
+        """``bucket_size`` in bytes or None, torch's default; ``views``: gradients are views."""
+        megabytes = options["bucket_size"] and options["bucket_size"] / (1 << 20)
+        wrapped = DistributedDataParallel(
+            model, bucket_cap_mb=megabytes, gradient_as_bucket_view=options["views"]
+        )
+        return Way(wrapped, sgd(model))
 
 
 connect = Gloo

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mpiddl.measure.steps import Way, sgd
+
 __all__ = ["Horovod", "connect"]
 
 OPS = {"sum": "Sum", "mean": "Average", "min": "Min", "max": "Max", "prod": "Product"}
@@ -72,6 +74,12 @@ class Horovod:
             target.copy_(reduced)
         else:
             target.copy_(horovod.alltoall(source, name=collective))
+
+    def parallel(self, model: torch.nn.Module, **_options: Any) -> Way:
+        """Its optimizer waits for the gradients, so there is nothing to do after backward."""
+        named = list(model.named_parameters())
+        optimizer = self._horovod.DistributedOptimizer(sgd(model), named_parameters=named)
+        return Way(model, optimizer)
 
 
 connect = Horovod

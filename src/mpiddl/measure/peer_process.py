@@ -17,7 +17,9 @@ from typing import Any, BinaryIO, Protocol
 
 import torch
 
+from mpiddl.measure.models import ModelSpec
 from mpiddl.measure.patterns import count_wrong, fill, lengths
+from mpiddl.measure.steps import Cost, Training, Way
 from mpiddl.measure.timing import seconds_of
 
 __all__ = ["Library", "main"]
@@ -26,7 +28,7 @@ PR_SET_PDEATHSIG = 1
 
 
 class Library(Protocol):
-    """One library's way to do the collectives."""
+    """One library's way to do the collectives, and to train."""
 
     def host(self, hosts: list[Any]) -> int:
         """On rank 0: let the others find each other here; the port."""
@@ -44,12 +46,16 @@ class Library(Protocol):
             ValueError: The library cannot do it.
         """
 
+    def parallel(self, model: torch.nn.Module, **options: Any) -> Way:
+        """The library's way to train a model."""
+
 
 class _Orders:
     """What the rank may ask for."""
 
     def __init__(self, library: Library) -> None:
         self._library = library
+        self._trainings: dict[str, Training] = {}
 
     def nothing(self) -> None:
         pass
@@ -79,6 +85,22 @@ class _Orders:
         """Seconds per call."""
         call = functools.partial(self._library.run, *self.call)
         return seconds_of(call, calls, self._library.barrier, self.call[1] if fresh else None)
+
+    def train(self, training: str, spec: dict[str, Any], options: dict[str, Any]) -> None:
+        """Make a model ready; ``training`` is what it is called from now on."""
+        self._trainings.pop(training, None)  # its memory first
+        make_way = functools.partial(self._library.parallel, **options)
+        self._trainings[training] = Training(
+            ModelSpec(**spec), self.rank, make_way, self._library.barrier
+        )
+
+    def run(self, training: str, steps: int) -> Cost:
+        """Train; what a step costs."""
+        return self._trainings[training].run(steps)
+
+    def changes(self, training: str) -> list[float]:
+        """What training has changed."""
+        return self._trainings[training].changes()
 
 
 def _serve(library: Library, requests: BinaryIO, answers: BinaryIO) -> None:

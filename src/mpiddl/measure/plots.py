@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mpiddl.measure import overlap
 from mpiddl.measure.bandwidth import Row
 from mpiddl.units import format_bytes
 
-__all__ = ["plot_bandwidth"]
+__all__ = ["plot_bandwidth", "plot_overlap"]
 
 COLOURS = {
     "auto": "#0b6e4f",
@@ -22,6 +23,16 @@ COLOURS = {
     "library": "#d62828",
     "gloo": "#f4a300",
     "reference": "#999999",
+    "after": "#999999",
+    "mpiddl/inline": "#0b6e4f",
+    "mpiddl/thread": "#2a9d8f",
+    "mpiddl/auto": "#8ab17d",
+    "next/inline": "#1f77b4",
+    "next/thread": "#6baed6",
+    "next/auto": "#6a4c93",
+    "ddp": "#d62828",
+    "ddp/views": "#f28482",
+    "horovod": "#f4a300",
 }
 
 
@@ -62,6 +73,38 @@ def plot_bandwidth(path: Path, rows: Sequence[Row], limit: float | None, title: 
     left.set_ylim(bottom=0)
     right.set_yscale("log")
     left.legend(frameon=False, fontsize=9)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def plot_overlap(path: Path, rows: Sequence[overlap.Row], title: str) -> None:
+    """Draw exposed time, a bar for each candidate, a group for each model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    models = list(dict.fromkeys(row.model for row in rows))
+    figure, panels = pyplot.subplots(
+        1, len(models), figsize=(1.5 + 3.5 * len(models), 4.5), layout="constrained", squeeze=False
+    )
+    for axes, model in zip(panels[0], models, strict=True):
+        bars = [row for row in rows if row.model == model and row.candidate != overlap.BASELINE]
+        names = [row.candidate for row in bars]
+        heights = [row.exposed * 1e3 for row in bars]
+        below = [(row.exposed - row.exposed_low) * 1e3 for row in bars]
+        above = [(row.exposed_high - row.exposed) * 1e3 for row in bars]
+        colours = [COLOURS.get(name, "#333333") for name in names]
+        drawn = axes.bar(names, heights, color=colours, yerr=[below, above], capsize=3)
+        axes.bar_label(drawn, fmt="%.1f", padding=3, fontsize=9)
+        alone = next(r for r in rows if r.model == model and r.candidate == overlap.BASELINE)
+        axes.set_title(f"{model}: {alone.seconds * 1e3:.0f} ms without exchange", fontsize=10)
+        axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+        axes.margins(y=0.1)
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_ylabel("exposed time of a step, ms")
     figure.suptitle(title)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

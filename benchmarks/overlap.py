@@ -1,0 +1,38 @@
+"""All of docs/performance.md's training figures, measured again on this machine.
+
+    python benchmarks/overlap.py                        # the MPIs that are installed
+    sudo python benchmarks/overlap.py --lab             # also across hosts of benchmarks/lab
+
+Runs `mpiddl bench overlap` with one thread a rank, once for each line of RUNS, and writes its JSON
+into benchmarks/results, with the commit. Tables: benchmarks/tables.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from suite import HERE, Run, measure_all
+
+NETWORK = "--model mlp --width 1024 --layers 16 --steps 2 --warmup 3"
+RUNS = [Run("2_ranks", 2, "--repeats 15")]
+LAB_RUNS = [
+    Run("2_hosts_1gbit_batch_2048", 2, f"{NETWORK} --batch 2048 --repeats 7", "--rate 1gbit"),
+    Run("2_hosts_1gbit_batch_512", 2, f"{NETWORK} --batch 512 --repeats 9", "--rate 1gbit"),
+]
+
+
+def main(
+    lab: Annotated[bool, typer.Option("--lab", help="Also across hosts; needs root.")] = False,
+    mpi: Annotated[str, typer.Option(help="Comma-separated; default all installed.")] = "",
+    only: Annotated[str, typer.Option(help="Runs whose name contains this.")] = "",
+    out: Annotated[Path, typer.Option(help="Folder of results.")] = HERE / "results",
+) -> None:
+    """Measure every run with every MPI."""
+    runs = [*RUNS, *(LAB_RUNS if lab else [])]
+    measure_all("overlap", runs, mpi, only, out, {"OMP_NUM_THREADS": "1"})
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,216 @@
+"""``mpiddl bench overlap``: how much of the gradient exchange do training steps feel."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mpiddl.cli.outputs import refuse_files, write_files
+from mpiddl.cli.run import let_rank_0_speak
+from mpiddl.units import parse_bytes
+
+if TYPE_CHECKING:
+    from mpiddl.comm.world import World
+    from mpiddl.measure.models import ModelSpec
+    from mpiddl.measure.overlap import Plan, Row
+    from mpiddl.measure.overlap_candidates import Options, Others
+
+__all__ = ["overlap"]
+
+DEFAULT_CANDIDATES = "none/again,mpiddl,next,ddp,horovod"
+DEFAULT_ENGINES = "inline,thread"
+MEASURING_STEPS = 30
+"""Enough for ``DataParallel`` to find out bucket size and engine."""
+
+
+def _check_bytes(text: str | None) -> str | None:
+    try:
+        if text is not None:
+            parse_bytes(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    return text
+
+
+def _check_bucket_size(text: str | None) -> str | None:
+    return text if text == "auto" else _check_bytes(text)
+
+
+def _some_of(table: str) -> Callable[[str], str]:
+    def check(text: str) -> str:
+        from mpiddl.measure.models import DEFAULTS
+        from mpiddl.measure.overlap_candidates import ENGINES, NAMES
+
+        known = {"model": tuple(DEFAULTS), "engine": ENGINES, "candidates": NAMES}[table]
+        for name in text.split(","):
+            if name not in known:
+                raise typer.BadParameter(f"{name!r} is none of {', '.join(known)}")
+        return text
+
+    return check
+
+
+Model = Annotated[str, typer.Option(callback=_some_of("model"), help="Comma-separated.")]
+Candidates = Annotated[
+    str,
+    typer.Option(callback=_some_of("candidates"), help="Beside none and after; also ddp/views."),
+]
+Engine = Annotated[
+    str, typer.Option(callback=_some_of("engine"), help="Of mpiddl and next: inline,thread,auto")
+]
+Width = Annotated[
+    int | None, typer.Option(min=1, help="Features, or channels of the CNN's first stage.")
+]
+Layers = Annotated[
+    int | None, typer.Option(min=1, help="Linear layers, stages of the CNN, transformer blocks.")
+]
+Batch = Annotated[int | None, typer.Option(min=1, help="Samples of one rank.")]
+Context = Annotated[int | None, typer.Option(min=1, help="Tokens, for the transformer.")]
+BucketSize = Annotated[
+    str | None, typer.Option(callback=_check_bucket_size, help="mpiddl's; default its own.")
+]
+DdpBucketSize = Annotated[
+    str | None, typer.Option(callback=_check_bytes, help="torch DDP's; default its own.")
+]
+Repeats = Annotated[int, typer.Option(min=1, help="Rounds; the median counts.")]
+Warmup = Annotated[
+    int | None,
+    typer.Option(min=0, help="Steps of each candidate before those; default 8, with auto 30."),
+]
+Steps = Annotated[int, typer.Option(min=1, help="Steps of a candidate in a round.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write environment, models and rows.")]
+Plot = Annotated[Path | None, typer.Option("--plot", help="Draw exposed time, PNG.")]
+
+
+def overlap(
+    model: Model = "mlp,cnn,transformer",
+    candidates: Candidates = DEFAULT_CANDIDATES,
+    engine: Engine = DEFAULT_ENGINES,
+    width: Width = None,
+    layers: Layers = None,
+    batch: Batch = None,
+    context: Context = None,
+    bucket_size: BucketSize = None,
+    ddp_bucket_size: DdpBucketSize = None,
+    repeats: Repeats = 15,
+    warmup: Warmup = None,
+    steps: Steps = 3,
+    json_file: Json = None,
+    plot_file: Plot = None,
+) -> None:
+    """Train models with and without exchange of gradients, and with other libraries.
+
+    Candidates take turns in random order. `none` exchanges nothing, `after` everything when
+    backward is over, `mpiddl` while backward runs, `next` also while the next forward runs; `ddp`
+    is torch's DistributedDataParallel on gloo. Exposed is what a step takes longer than without
+    exchange, hidden the part of `after`'s that a candidate does not expose; what `none/again`
+    exposes is noise. Exits 1 if their parameters differ in the end.
+    """
+    from mpiddl.comm.world import init
+    from mpiddl.measure.models import DEFAULTS
+    from mpiddl.measure.overlap import Plan
+    from mpiddl.measure.overlap_candidates import Options, Others, expanded
+
+    sizes = {"width": width, "layers": layers, "batch": batch, "context": context}
+    given: dict[str, Any] = {size: value for size, value in sizes.items() if value is not None}
+    specs = [dataclasses.replace(DEFAULTS[name], **given) for name in model.split(",")]
+    names = expanded(candidates.split(","), engine.split(","))
+    ddp_bytes = None if ddp_bucket_size is None else parse_bytes(ddp_bucket_size)
+    options = Options(bucket_size, ddp_bytes)
+    world = init()
+    refuse_files(json_file, plot_file, plot=plot_file)
+    if warmup is None:
+        warmup = MEASURING_STEPS if "auto" in (bucket_size, *engine.split(",")) else 8
+    report = _Report(world, options, Plan(repeats, warmup, steps))
+    others = Others(world)
+    wanted = candidates != DEFAULT_CANDIDATES or engine != DEFAULT_ENGINES
+    for spec in specs:
+        _measure(spec, names, wanted, others, report)
+    report.end(json_file, plot_file)
+
+
+def _measure(
+    spec: ModelSpec, names: list[str], wanted: bool, others: Others, report: _Report
+) -> None:
+    """Rows of one model; an error if a candidate was ``wanted`` by name and cannot run."""
+    from mpiddl.errors import PeerError
+    from mpiddl.measure.overlap import measure
+    from mpiddl.measure.overlap_candidates import candidates
+
+    found, missing = candidates(names, spec, report.options, others, report.world)
+    for reason in missing.values():
+        if wanted:
+            raise PeerError(reason)
+        report.leave_out(reason)
+    report.begin(spec)
+    report.add(measure(spec, found, report.world, report.plan))
+
+
+class _Report:
+    """What rank 0 prints and writes."""
+
+    def __init__(self, world: World, options: Options, plan: Plan) -> None:
+        from mpiddl.measure.environment import environment_of
+        from mpiddl.measure.report import headline
+
+        self.world, self.options, self.plan = world, options, plan
+        self._environment = environment_of(world)
+        self._models: list[dict[str, Any]] = []
+        self._rows: list[Row] = []
+        self._left_out: set[str] = set()
+        self.say(headline(self._environment))
+
+    def say(self, text: str) -> None:
+        """Print on rank 0."""
+        if self.world.rank == 0:
+            typer.echo(text)
+
+    def leave_out(self, reason: str) -> None:
+        """Say once why a candidate is not there."""
+        if reason not in self._left_out:
+            self.say(f"# left out: {reason}")
+        self._left_out.add(reason)
+
+    def begin(self, spec: ModelSpec) -> None:
+        from mpiddl.measure.overlap_report import HEADINGS, describe_model
+
+        facts = describe_model(spec)
+        self._models.append(facts)
+        sizes = f"width {spec.width}, layers {spec.layers}, batch {spec.batch} a rank"
+        gradients = f"{facts['gradient_bytes'] / 1e6:.1f} MB of gradients"
+        self.say(f"\n# {spec.name}: {sizes}; {gradients} in {facts['tensors']} tensors")
+        self.say(HEADINGS)
+
+    def add(self, rows: list[Row]) -> None:
+        from mpiddl.measure.overlap_report import line_of
+
+        self._rows += rows
+        for row in rows:
+            self.say(line_of(row))
+
+    def end(self, json_file: Path | None, plot_file: Path | None) -> None:
+        """Write what was asked for; exit 1 on every rank if results differ."""
+        from mpiddl.measure.overlap_report import problems, ratios, write_json
+        from mpiddl.measure.plots import plot_overlap
+
+        for line in ["", *ratios(self._rows)]:
+            self.say(line)
+        plan = {**dataclasses.asdict(self.plan), **dataclasses.asdict(self.options)}
+        title = f"{self.world.size} ranks, {self._environment['mpi']}"
+        writers: dict[Path | None, Callable[[Path], None]] = {
+            json_file: lambda path: write_json(
+                path, self._environment, self._models, plan, self._rows
+            ),
+            plot_file: lambda path: plot_overlap(path, self._rows, title),
+        }
+        write_files(writers)
+        found = problems(self._rows)
+        for problem in found:
+            self.say(f"FAILED: {problem}")
+        if found:
+            let_rank_0_speak()
+            raise SystemExit(1)  # not sys.exit: all ranks leave, there is no job to end
