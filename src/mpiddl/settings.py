@@ -28,7 +28,7 @@ ALGORITHM_NAMES = (
     "reference",
 )
 
-ENGINES = ("auto", "inline", "thread")
+ENGINES = ("auto", "inline", "after", "thread")
 
 
 def _parse_flag(text: str) -> bool:

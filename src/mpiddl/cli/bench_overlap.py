@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["overlap"]
 
 DEFAULT_CANDIDATES = "none/again,mpiddl,next,ddp,horovod"
-DEFAULT_ENGINES = "inline,thread"
+DEFAULT_ENGINES = "inline,after,thread"
 MEASURING_STEPS = 30
 """Enough for ``DataParallel`` to find out bucket size and engine."""
 
@@ -60,7 +60,8 @@ Candidates = Annotated[
     typer.Option(callback=_some_of("candidates"), help="Beside none and after; also ddp/views."),
 ]
 Engine = Annotated[
-    str, typer.Option(callback=_some_of("engine"), help="Of mpiddl and next: inline,thread,auto")
+    str,
+    typer.Option(callback=_some_of("engine"), help="Of mpiddl and next: inline,after,thread,auto."),
 ]
 Width = Annotated[
     int | None, typer.Option(min=1, help="Features, or channels of the CNN's first stage.")

@@ -22,7 +22,7 @@ from mpiddl.training.data_parallel import DataParallel
 __all__ = ["ENGINES", "NAMES", "Candidate", "Options", "Others", "candidates", "expanded"]
 
 NAMES = ("none", "none/again", "after", "mpiddl", "next", "ddp", "ddp/views", "horovod")
-ENGINES = ("inline", "thread", "auto")
+ENGINES = ("inline", "after", "thread", "auto")
 LIBRARY_OF = {"ddp": "gloo", "ddp/views": "gloo", "horovod": "horovod"}
 WITH_ENGINE = ("mpiddl", "next")
 

@@ -30,17 +30,14 @@ class Choice(NamedTuple):
 
     Attributes:
         bucket_size: In bytes.
-        threaded: Whether the engine's thread drives buckets.
+        engine: Who drives buckets.
     """
 
     bucket_size: int
-    threaded: bool
+    engine: str
 
     def __str__(self) -> str:
-        return (
-            f"bucket_size={format_bytes(self.bucket_size)}, "
-            f"engine={'thread' if self.threaded else 'inline'}"
-        )
+        return f"bucket_size={format_bytes(self.bucket_size)}, engine={self.engine}"
 
 
 class Calibration:
@@ -50,16 +47,20 @@ class Calibration:
 
     Args:
         options: What the user has chosen is not tried.
-        world: The ranks. Within one node a thread is tried last, between nodes first.
+        world: The ranks.
         control: Carries the ranks' times.
     """
 
     def __init__(self, options: Options, world: World, control: Control) -> None:
-        threaded = options.threaded
-        if threaded is not False and not all(control.gather_json(may_thread(world))):
-            threaded = False
-        first = world.num_nodes > 1
-        engines = [first, not first] if threaded is None else [threaded]
+        engines = [options.engine]
+        if options.engine == "auto":
+            # Within a node the memory that backward needs is what the exchange needs too; there is
+            # little to hide, and much to disturb. A network leaves the processor alone.
+            engines = (
+                ["after", "inline", "thread"] if world.num_nodes == 1 else ["thread", "inline"]
+            )
+        if "thread" in engines and not all(control.gather_json(may_thread(world))):
+            engines = [engine for engine in engines if engine != "thread"] or ["inline"]
         sizes = SIZES if options.bucket_size is None else (options.bucket_size,)
         self._choices = [Choice(size, engine) for size in sizes for engine in engines]
         if world.size == 1:

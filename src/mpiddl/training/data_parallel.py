@@ -45,7 +45,8 @@ class DataParallel(torch.nn.Module):
             first steps; default MPIDDL_BUCKET_SIZE.
         algorithm: All-reduce algorithm; default MPIDDL_ALGORITHM, else ``"auto"``.
         engine: Who drives the exchange: ``"inline"``, the gradient hooks; ``"thread"``, a thread as
-            well; ``"auto"``, measured in the first steps; default MPIDDL_ENGINE.
+            well; ``"after"``, nobody before backward is over; ``"auto"``, measured in the first
+            steps; default MPIDDL_ENGINE.
         check: Compare names, shapes, strides, dtypes and buckets between ranks first, so that a
             difference is an error that names the parameter and not a hang.
         find_unused_parameters: Parameters may get no gradient, different ones on each rank and in

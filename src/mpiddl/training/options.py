@@ -20,12 +20,12 @@ class Options:
 
     Attributes:
         bucket_size: In bytes; None to measure it.
-        threaded: Whether the engine's thread drives buckets; None to measure it.
+        engine: Who drives buckets; ``"auto"`` to measure it.
     """
 
     bucket_size: int | None
     algorithm: str
-    threaded: bool | None
+    engine: str
     check: bool
     find_unused_parameters: bool
     static_graph: bool
@@ -63,7 +63,7 @@ def options_from(
     return Options(
         bucket_size=chosen,
         algorithm=algorithm or settings.algorithm,
-        threaded={"auto": None, "inline": False, "thread": True}[engine],
+        engine=engine,
         nan_check=nan_check,
         check_replicas_every=check_replicas_every,
         **flags,

@@ -98,6 +98,7 @@ class Reducer:
         self._weight = 1 / world.size  # of this rank in the sum of the backward that runs
         self._takes_part = True  # in the backward that runs
         self._unreduced = False
+        self._collected: list[int] = []  # ready, and not taken in before the end of backward
         self._options = options
         self._engine = engine_of(world)
         self._control = Control(world)
@@ -145,7 +146,8 @@ class Reducer:
         assert self._next is not None
         (self.plan, choice), self._next = self._next, None
         self.gradients = Gradients(self.plan, self.parameters, self._arenas)
-        self.reductions.threaded = choice.threaded
+        self.reductions.threaded = choice.engine == "thread"
+        self._waits_for_end = choice.engine == "after"
         self.reductions.fit(self.gradients.buckets)
         self.scheduler = Scheduler(
             self.gradients,
@@ -189,7 +191,10 @@ class Reducer:
             self._backward = backward
             # Autograd calls back once, after all gradients of this backward.
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
-        self.scheduler.ready(member, self._start)
+        if self._waits_for_end:
+            self._collected.append(member)
+        else:
+            self.scheduler.ready(member, self._start)
         self.stats.exposed_seconds += time.perf_counter() - started
 
     def _look_at(self, member: int, gradient: torch.Tensor) -> None:
@@ -211,6 +216,7 @@ class Reducer:
             self.gradients.release()
             self._lay_out()
         self._takes_part = True
+        self._collected.clear()
         self._unused.begin()
         self.scheduler.contribute_nothing(sorted(self._unused.here or ()), self._start)
 
@@ -242,6 +248,9 @@ class Reducer:
         self._backward = None
         self._unreduced = False
         joined = announcements_of(self.world)
+        for member in self._collected:
+            self.scheduler.ready(member, self._start)
+        self._collected.clear()
         if self._options.find_unused_parameters or self._options.static_graph:
             self._settle_unused()
         self.scheduler.refuse_absent()
