@@ -25,7 +25,7 @@ FURTHER_SENDS = 8
 """Messages in flight beyond one for each bucket: enough to keep a link busy, and few enough for an
 urgent bucket to overtake a large one in the middle."""
 
-Hook = Callable[[Bucket, float | None], Waits[None]]
+Hook = Callable[[Bucket, float], Waits[None]]
 """What a user does with a bucket in place of its all-reduce, and this rank's weight."""
 
 
@@ -93,7 +93,7 @@ class BucketReductions:
         if self.hook is None:
             waits = self.all_reduce(bucket.number, bucket.buffer, weight)
         else:
-            waits = self.hook(bucket, weight)
+            waits = self.hook(bucket, 1.0 if weight is None else weight)
         # The parameters that backward reaches last are those that the next forward needs first. But
         # what a library runs must begin in the order in which it was submitted.
         return self._engine.submit(

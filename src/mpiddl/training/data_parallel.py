@@ -15,6 +15,7 @@ from mpiddl.comm import flight
 from mpiddl.comm.world import World, current_world
 from mpiddl.events import Kind
 from mpiddl.overlap.spans import span
+from mpiddl.training.comm_hooks import CommHook
 from mpiddl.training.options import options_from
 from mpiddl.training.reducer import Reducer
 from mpiddl.training.shares import check_share
@@ -179,6 +180,13 @@ class DataParallel(torch.nn.Module):
             yield
         finally:
             reducer.synchronises = before
+
+    def register_comm_hook(self, state: Any, hook: CommHook) -> None:
+        """Let ``hook(state, bucket)`` reduce each bucket; see ``mpiddl.training.comm_hooks``.
+
+        Every rank registers the same hook, between two backwards. The next one takes its place.
+        """
+        self._reducer.use_hook(state, hook)
 
     def stats(self) -> Stats:
         """What the exchange has cost since the model was wrapped."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -24,6 +25,7 @@ from mpiddl.training.announcements import announcements_of
 from mpiddl.training.buffers import BufferBroadcast
 from mpiddl.training.calibration import Calibration, Choice
 from mpiddl.training.checksums import refuse_difference
+from mpiddl.training.comm_hooks import CommHook, GradientBucket, in_plain_mode
 from mpiddl.training.finite import check_finite
 from mpiddl.training.options import Options
 from mpiddl.training.roster import Roster
@@ -38,6 +40,7 @@ from mpiddl.training.wrapping import (
     detach,
     trained_parameters,
 )
+from mpiddl.waits import Waits
 
 __all__ = ["Deferral", "Reducer"]
 
@@ -324,6 +327,22 @@ class Reducer:
             self.deferral.synchronize()
         named = dict(zip(self.names, self.parameters, strict=True))
         refuse_difference(named, self._control.gather_json)
+
+    def use_hook(self, state: Any, hook: CommHook) -> None:
+        """``hook(state, bucket)`` takes the place of the all-reduce."""
+
+        def reduce(bucket: Bucket, weight: float) -> Waits[None]:
+            seen = GradientBucket(
+                bucket.number,
+                len(self.gradients.buckets),
+                bucket.buffer,
+                [self.names[member] for member in bucket.members],
+                weight,
+                functools.partial(self.reductions.all_reduce, bucket.number),
+            )
+            return in_plain_mode(hook(state, seen))
+
+        self.reductions.hook = reduce
 
     @property
     def holds_unreduced(self) -> bool:

@@ -1,0 +1,92 @@
+"""What becomes of a bucket in place of its all-reduce: the place for compression.
+
+A hook is a generator, as all collectives are: it yields what it waits for, and may do anything
+with the bucket in between. Ranks may call it for their buckets in different orders.
+
+    def halved(state, bucket):
+        half = bucket.buffer.to(torch.float16)
+        yield from bucket.all_reduce(half)
+        bucket.buffer.copy_(half)
+
+    model.register_comm_hook(None, halved)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mpiddl.devices.base import Buffer
+from mpiddl.waits import Waits
+
+__all__ = ["CommHook", "GradientBucket", "bf16_compress", "in_plain_mode"]
+
+
+@dataclass(frozen=True)
+class GradientBucket:
+    """What a hook sees of a bucket.
+
+    Attributes:
+        number: In plan order; the same on every rank.
+        count: Of buckets.
+        buffer: The gradients, one after the other, in memory that ends up in ``param.grad``.
+        names: The parameters whose gradients are in it, whole or in part.
+        weight: This rank's in the mean: what its gradients are multiplied by before they are
+            added up. The weights of all ranks sum to 1.
+    """
+
+    number: int
+    count: int
+    buffer: Buffer
+    names: Sequence[str]
+    weight: float
+    _all_reduce: Callable[[Buffer, float | None, str | None], Waits[None]]
+
+    def all_reduce(
+        self, buffer: Buffer, *, weight: float | None = None, algorithm: str | None = None
+    ) -> Waits[None]:
+        """Sum a 1-D tensor over all ranks, in place, with this bucket's own messages.
+
+        Not ``mpiddl.all_reduce``: that must be called in the same order on every rank.
+
+        Args:
+            buffer: Of the same length and dtype on every rank; any memory.
+            weight: What this rank's is multiplied by; pass ``bucket.weight`` here unless the values
+                are weighted already.
+            algorithm: As for ``mpiddl.all_reduce``; default the model's.
+        """
+        return self._all_reduce(buffer, weight, algorithm)
+
+
+CommHook = Callable[[Any, GradientBucket], Waits[None]]
+"""``(state, bucket)``: leaves the reduced gradients in ``bucket.buffer``."""
+
+
+def in_plain_mode(waits: Waits[None]) -> Waits[None]:
+    """``waits`` without autograd and outside of inference mode, whoever drives it: tensors that a
+    hook makes in one turn can be used in the next."""
+    while True:
+        with torch.inference_mode(mode=False), torch.no_grad():
+            try:
+                wait = next(waits)
+            except StopIteration:
+                return
+        yield wait
+
+
+def bf16_compress(state: Any, bucket: GradientBucket) -> Waits[None]:
+    """Gradients as bfloat16 on the wire, added in float32: half the bytes.
+
+    A value is rounded when it leaves its rank, and the sum when it is handed out, each once
+    (relative error up to 2**-8 of each): ``direct`` adds 16-bit floats in float32. Buckets that are
+    neither float32 nor float64 are reduced as they are. ``state`` is not used.
+    """
+    if bucket.buffer.dtype not in (torch.float32, torch.float64):
+        yield from bucket.all_reduce(bucket.buffer, weight=bucket.weight)
+        return
+    compressed = bucket.buffer.to(torch.bfloat16)
+    yield from bucket.all_reduce(compressed, weight=bucket.weight, algorithm="direct")
+    bucket.buffer.copy_(compressed)
