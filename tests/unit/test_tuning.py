@@ -9,9 +9,18 @@ import pytest
 
 from mpiddl.comm import tuning
 from mpiddl.comm.layout import Layout
-from mpiddl.comm.tuning import Choice, cluster_name, read_choices, tune_file, write_choices
+from mpiddl.comm.tuning import (
+    Choice,
+    cluster_name,
+    read_choices,
+    read_training,
+    tune_file,
+    write_choices,
+    write_training,
+)
 from mpiddl.measure.bandwidth import Row
 from mpiddl.measure.tune import choices_of
+from mpiddl.training.calibration import fastest
 
 
 def layout(*nodes):
@@ -118,3 +127,25 @@ def test_where_the_file_is(monkeypatch, tmp_path, caplog):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/me")
     assert str(tune_file("")) == "/home/me/.cache/mpiddl/tune.json"
+
+
+def test_what_a_job_found_out_is_kept_beside_the_choices(tmp_path):
+    file = tmp_path / "tune.json"
+    found = {"bucket_size": 1 << 20, "engine": "thread"}
+    write_training(str(file), LAYOUT, "a model", found)
+    assert read_choices(str(file), LAYOUT) == []
+    write_choices(file, CLUSTER, "2026-01-02", CHOICES)
+    write_training(str(file), LAYOUT, "another", {})
+
+    assert read_choices(str(file), LAYOUT) == CHOICES
+    assert read_training(str(file), LAYOUT, "a model") == found
+    assert read_training(str(file), LAYOUT, "unknown") is None
+    assert read_training(str(file), layout((0,)), "a model") is None
+    assert read_training("", LAYOUT, "a model") is None
+    file.write_text("[]")
+    assert read_training(str(file), LAYOUT, "a model") is None
+
+
+def test_another_choice_must_be_clearly_faster():
+    assert fastest([[1.0, 0.9, 0.5], [1.0, 1.2, 0.99]]) == 0  # by rank; the slowest counts
+    assert fastest([[1.0, 0.9, 0.5], [1.0, 1.2, 0.9]]) == 2

@@ -4,10 +4,12 @@
      "clusters": {"Open MPI v5.0.11, 2x4 ranks, cpu": {
          "measured": "2026-11-21",
          "choices": [{"up_to": 16384, "algorithm": "doubling", "chunk_bytes": 524288},
-                     {"up_to": null, "algorithm": "hierarchical", "chunk_bytes": 1048576}]}}}
+                     {"up_to": null, "algorithm": "hierarchical", "chunk_bytes": 1048576}],
+         "training": {"0f3a...": {"bucket_size": 4194304, "engine": "thread"}}}}}
 
 ``mpiddl tune`` writes it into the user's cache folder, or to MPIDDL_TUNE. It is read by rank 0, and
-its copy counts for everyone.
+its copy counts for everyone. ``training`` is what jobs with MPIDDL_TUNE have found out in their
+first steps, by a fingerprint of their model.
 """
 
 from __future__ import annotations
@@ -24,7 +26,15 @@ from mpiddl.comm.layout import Layout
 from mpiddl.log import logger
 from mpiddl.settings import ALGORITHM_NAMES
 
-__all__ = ["Choice", "cluster_name", "read_choices", "tune_file", "write_choices"]
+__all__ = [
+    "Choice",
+    "cluster_name",
+    "read_choices",
+    "read_training",
+    "tune_file",
+    "write_choices",
+    "write_training",
+]
 
 FORMAT, VERSION = "mpiddl_tune", 1
 _warned: set[Path] = set()
@@ -76,7 +86,7 @@ def read_choices(setting: str, layout: Layout) -> list[Choice]:
 
 def _choices(path: Path, cluster: str) -> list[Choice]:
     entry = _clusters(path).get(cluster)
-    if entry is None:
+    if entry is None or "choices" not in entry:
         return []
     choices = [Choice(c["up_to"], c["algorithm"], int(c["chunk_bytes"])) for c in entry["choices"]]
     bounds = [choice.up_to for choice in choices]
@@ -98,7 +108,7 @@ def _clusters(path: Path) -> dict[str, Any]:
 
 
 def write_choices(path: Path, cluster: str, measured: str, choices: Sequence[Choice]) -> None:
-    """Replace this cluster's entry; other clusters' stay. The file is whole at any moment.
+    """Replace this cluster's choices; the rest stays.
 
     Raises:
         OSError: It cannot be written.
@@ -107,8 +117,45 @@ def write_choices(path: Path, cluster: str, measured: str, choices: Sequence[Cho
         clusters = _clusters(path)
     except (OSError, ValueError, TypeError, LookupError):
         clusters = {}
+    kept = clusters.get(cluster, {})
     entry = {"measured": measured, "choices": [choice._asdict() for choice in choices]}
-    text = json.dumps({FORMAT: VERSION, "clusters": {**clusters, cluster: entry}}, indent=1)
+    _write(path, {**clusters, cluster: {**kept, **entry}})
+
+
+def read_training(setting: str, layout: Layout, model: str) -> Any:
+    """What a job found out for a model with this fingerprint; None if none did.
+
+    Only from a file that MPIDDL_TUNE names; whether the values can be used is for the caller to see.
+    """
+    if not setting:
+        return None
+    try:
+        return _clusters(Path(setting))[cluster_name(layout)]["training"][model]
+    except (OSError, ValueError, TypeError, LookupError):
+        return None
+
+
+def write_training(setting: str, layout: Layout, model: str, found: dict[str, Any]) -> None:
+    """Remember what this job found out, in the file that MPIDDL_TUNE names, if it names one.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    if not setting:
+        return
+    path, cluster = Path(setting), cluster_name(layout)
+    try:
+        clusters = _clusters(path)
+    except (OSError, ValueError, TypeError, LookupError):
+        clusters = {}
+    kept = clusters.get(cluster, {})
+    training = {**kept.get("training", {}), model: found}
+    _write(path, {**clusters, cluster: {**kept, "training": training}})
+
+
+def _write(path: Path, clusters: dict[str, Any]) -> None:
+    """The file is whole at any moment."""
+    text = json.dumps({FORMAT: VERSION, "clusters": clusters}, indent=1)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:

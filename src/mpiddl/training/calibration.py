@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from mpiddl.comm.tuning import read_training, write_training
 from mpiddl.comm.world import World
 from mpiddl.log import logger
 from mpiddl.overlap.control import Control
@@ -43,34 +44,49 @@ class Choice(NamedTuple):
 class Calibration:
     """Tries each choice for a few steps, then stays with the fastest.
 
-    All ranks switch after the same backward, and come to the same conclusion.
+    All ranks switch after the same backward, and come to the same conclusion. Where MPIDDL_TUNE
+    names a file, it is kept there, and the next job with this model on such ranks begins with it.
 
     Args:
         options: What the user has chosen is not tried.
         world: The ranks.
         control: Carries the ranks' times.
+        model: A fingerprint of the model.
     """
 
-    def __init__(self, options: Options, world: World, control: Control) -> None:
-        engines = [options.engine]
-        if options.engine == "auto":
-            # Within a node the memory that backward needs is what the exchange needs too; there is
-            # little to hide, and much to disturb. A network leaves the processor alone.
-            engines = (
-                ["after", "inline", "thread"] if world.num_nodes == 1 else ["thread", "inline"]
-            )
-        if "thread" in engines and not all(control.gather_json(may_thread(world))):
-            engines = [engine for engine in engines if engine != "thread"] or ["inline"]
-        sizes = SIZES if options.bucket_size is None else (options.bucket_size,)
-        self._choices = [Choice(size, engine) for size in sizes for engine in engines]
-        if world.size == 1:
-            self._choices = self._choices[:1]
+    def __init__(self, options: Options, world: World, control: Control, model: str) -> None:
+        self._world = world
         self._control = control
-        self._speaks = world.rank == 0
+        self._model = model
+        self._choices = self._known(self._choices_of(options))
         self._backwards = -WARM_UP
         self._ended = 0.0
         self._seconds: list[list[float]] = [[] for _ in self._choices]
         self.present = self._choices[0]
+
+    def _choices_of(self, options: Options) -> list[Choice]:
+        world, engines = self._world, [options.engine]
+        if options.engine == "auto":
+            # Within a node the memory that backward needs is what the exchange needs too; there is
+            # little to hide, and much to disturb. A network leaves the processor alone.
+            engines = ["after", "inline", "thread"]
+            if world.num_nodes > 1:
+                engines = ["thread", "inline"]
+        if "thread" in engines and not all(self._control.gather_json(may_thread(world))):
+            engines = [engine for engine in engines if engine != "thread"] or ["inline"]
+        sizes = SIZES if options.bucket_size is None else (options.bucket_size,)
+        choices = [Choice(size, engine) for size in sizes for engine in engines]
+        return choices if world.size > 1 else choices[:1]
+
+    def _known(self, choices: list[Choice]) -> list[Choice]:
+        """What an earlier job found out, if it is one of these choices; else all."""
+        if len(choices) == 1:
+            return choices
+        found = None
+        if self._world.rank == 0:
+            found = read_training(self._world.settings.tune, self._world.layout, self._model)
+        found = self._control.broadcast_json(found)
+        return [choice for choice in choices if choice._asdict() == found] or choices
 
     def after_backward(self) -> Choice | None:
         """What the next backward is to use, if that is something else. Collective at the end."""
@@ -93,8 +109,13 @@ class Calibration:
         medians = [statistics.median(seconds) for seconds in self._seconds]
         best = fastest(self._control.gather_json(medians))
         chosen, self._choices = self._choices[best], [self._choices[best]]
-        if self._speaks:
-            logger.info("measured: %s", chosen)
+        if self._world.rank == 0:
+            logger.info("measured in the first steps: %s", chosen)
+            settings = self._world.settings
+            try:
+                write_training(settings.tune, self._world.layout, self._model, chosen._asdict())
+            except OSError as error:
+                logger.warning("%s cannot be written: %s", settings.tune, error.strerror)
         return chosen
 
 

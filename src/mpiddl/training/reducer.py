@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from mpiddl.buckets import agreement
 from mpiddl.buckets.bucket import Bucket
 from mpiddl.buckets.gradients import Gradients, spec_of
 from mpiddl.buckets.plan import BucketPlan, plan_buckets
@@ -110,7 +111,7 @@ class Reducer:
             BufferBroadcast(module, self._control) if options.broadcast_buffers else None
         )
         self._looks = options.nan_check != "off" or options.static_graph
-        self._calibration = Calibration(options, world, self._control)
+        self._calibration: Calibration | None = None
         self._backward: int | None = None  # autograd's number for the one that runs
         self._next: tuple[BucketPlan, Choice] | None = None  # for the next backward
         self.replan()
@@ -125,6 +126,9 @@ class Reducer:
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
         specs = [spec_of(name, parameter) for name, parameter in named]
+        if self._calibration is None:
+            model = agreement.digest([str(spec) for spec in specs])
+            self._calibration = Calibration(self._options, self.world, self._control, model)
         choice = self._calibration.present
         plan = plan_buckets(specs, choice.bucket_size)
         if self._options.check:
@@ -299,6 +303,7 @@ class Reducer:
 
     def _look_ahead(self) -> None:
         """Agree on what changes with the next backward. All ranks come here together."""
+        assert self._calibration is not None
         choice = self._calibration.after_backward()
         reorders = self._order is None and self._options.rebuild_buckets
         if self._order is None:
