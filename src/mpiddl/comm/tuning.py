@@ -86,7 +86,7 @@ def read_choices(setting: str, layout: Layout) -> list[Choice]:
 
 def _choices(path: Path, cluster: str) -> list[Choice]:
     entry = _clusters(path).get(cluster)
-    if entry is None or "choices" not in entry:
+    if entry is None or (isinstance(entry, dict) and "choices" not in entry):
         return []
     choices = [Choice(c["up_to"], c["algorithm"], int(c["chunk_bytes"])) for c in entry["choices"]]
     bounds = [choice.up_to for choice in choices]
@@ -125,7 +125,7 @@ def write_choices(path: Path, cluster: str, measured: str, choices: Sequence[Cho
 def read_training(setting: str, layout: Layout, model: str) -> Any:
     """What a job found out for a model with this fingerprint; None if none did.
 
-    Only from a file that MPIDDL_TUNE names; whether the values can be used is for the caller to see.
+    Only from a file that MPIDDL_TUNE names. The caller sees whether the values can be used.
     """
     if not setting:
         return None
