@@ -13,16 +13,18 @@ with the bucket in between. Ranks may call it for their buckets in different ord
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from mpiddl.buckets.bucket import Bucket
 from mpiddl.devices.base import Buffer
 from mpiddl.waits import Waits
 
-__all__ = ["CommHook", "GradientBucket", "bf16_compress", "in_plain_mode"]
+__all__ = ["CommHook", "GradientBucket", "bf16_compress", "hook_for_buckets"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,6 @@ class GradientBucket:
 
     Attributes:
         number: In plan order; the same on every rank.
-        count: Of buckets.
         buffer: The gradients, one after the other, in memory that ends up in ``param.grad``.
         names: The parameters whose gradients are in it, whole or in part.
         weight: This rank's in the mean: what its gradients are multiplied by before they are
@@ -39,7 +40,6 @@ class GradientBucket:
     """
 
     number: int
-    count: int
     buffer: Buffer
     names: Sequence[str]
     weight: float
@@ -65,7 +65,31 @@ CommHook = Callable[[Any, GradientBucket], Waits[None]]
 """``(state, bucket)``: leaves the reduced gradients in ``bucket.buffer``."""
 
 
-def in_plain_mode(waits: Waits[None]) -> Waits[None]:
+def hook_for_buckets(
+    state: Any,
+    hook: CommHook,
+    names: Sequence[str],
+    all_reduce: Callable[[int, Buffer, float | None, str | None], Waits[None]],
+) -> Callable[[Bucket, float], Waits[None]]:
+    """What the library does with a bucket and this rank's weight where a user has a hook.
+
+    Args:
+        state: For the hook.
+        hook: The user's.
+        names: Of the parameters, in the model's order.
+        all_reduce: With the messages of a bucket with this number.
+    """
+
+    def reduce(bucket: Bucket, weight: float) -> Waits[None]:
+        members = [names[member] for member in bucket.members]
+        own_all_reduce = functools.partial(all_reduce, bucket.number)
+        seen = GradientBucket(bucket.number, bucket.buffer, members, weight, own_all_reduce)
+        return _in_plain_mode(hook(state, seen))
+
+    return reduce
+
+
+def _in_plain_mode(waits: Waits[None]) -> Waits[None]:
     """``waits`` without autograd and outside of inference mode, whoever drives it: tensors that a
     hook makes in one turn can be used in the next."""
     while True:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -123,8 +124,12 @@ class DataParallel(torch.nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.training and torch.is_grad_enabled():
             self._reducer.forward_begins()
+        began = time.perf_counter()
         with span(Kind.FORWARD_BEGIN, self._reducer.number):
-            return self.module(*args, **kwargs)
+            output = self.module(*args, **kwargs)
+        if self.training and torch.is_grad_enabled():
+            self._reducer.accounts.forward_ended(output, time.perf_counter() - began)
+        return output
 
     # What users control.
 
@@ -157,10 +162,10 @@ class DataParallel(torch.nn.Module):
             )
         check_share(local, total, self.world)
         reducer.samples, reducer.total = local, total
-        before = reducer.stats.backwards
+        before = reducer.accounts.stats.backwards
         try:
             yield
-            if local == 0 and reducer.stats.backwards == before:
+            if local == 0 and reducer.accounts.stats.backwards == before:
                 reducer.contribute_nothing()
         finally:
             reducer.samples = reducer.total = None
@@ -190,7 +195,7 @@ class DataParallel(torch.nn.Module):
 
     def stats(self) -> Stats:
         """What the exchange has cost since the model was wrapped."""
-        return copy.deepcopy(self._reducer.stats)
+        return copy.deepcopy(self._reducer.count())
 
     def unwrap(self) -> torch.nn.Module:
         """Take the hooks off and return the model inside. Collective; the wrapper is of no use

@@ -72,7 +72,7 @@ class OverlappedOptimizer(torch.optim.Optimizer):
         self._due: list[Group] | None = None  # groups as they were at the step that is owed
         self._changes: list[Group] = []  # what the step has made of them
         self._zeroes: bool | None = None  # set_to_none of the zero_grad() that is owed
-        self._needs: dict[torch.nn.Module, list[int]] = {}  # parameters that it uses first
+        self._needs: dict[torch.nn.Module, list[torch.Tensor]] = {}  # parameters that it uses first
         self._learning: ExitStack | None = None
         self._root = model.module
         model.reducer.deferral = self
@@ -246,18 +246,18 @@ class OverlappedOptimizer(torch.optim.Optimizer):
         self._learning.close()
         self._learning = None
         self._needs = {root: []}
-        for member, parameter in enumerate(self._reducer.parameters):
+        for parameter in root.parameters():
             module = self._found.get(id(parameter), root)
             if module not in self._needs:
                 module.register_forward_pre_hook(self._module_begins)
-            self._needs.setdefault(module, []).append(member)
+            self._needs.setdefault(module, []).append(parameter)
 
     def _module_begins(self, module: torch.nn.Module, _args: object) -> None:
         if not self._pending:
             return
-        for member in self._needs[module]:
-            unit = self._units.unit_of[member]
-            if unit in self._pending:
+        for parameter in self._needs[module]:
+            unit = self._units.unit_of.get(id(parameter))
+            if unit is not None and unit in self._pending:
                 self._finish(unit)
         self._reducer.nudge()
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from mpiddl.buckets import agreement
 from mpiddl.buckets.bucket import Bucket
 from mpiddl.buckets.gradients import Gradients, spec_of
-from mpiddl.buckets.plan import BucketPlan, plan_buckets
+from mpiddl.buckets.plan import BucketPlan
 from mpiddl.comm.world import World
 from mpiddl.devices.host import HOST
 from mpiddl.errors import GradientError
@@ -24,14 +22,16 @@ from mpiddl.overlap.scheduler import Scheduler
 from mpiddl.overlap.work import Work
 from mpiddl.training.announcements import announcements_of
 from mpiddl.training.buffers import BufferBroadcast
-from mpiddl.training.calibration import Calibration, Choice
+from mpiddl.training.calibration import Choice
 from mpiddl.training.checksums import refuse_difference
-from mpiddl.training.comm_hooks import CommHook, GradientBucket, in_plain_mode
+from mpiddl.training.comm_hooks import CommHook, hook_for_buckets
+from mpiddl.training.deferral import Deferral
 from mpiddl.training.finite import check_finite
 from mpiddl.training.options import Options
+from mpiddl.training.plans import Plans
 from mpiddl.training.roster import Roster
 from mpiddl.training.shares import weight_of_backward
-from mpiddl.training.stats import BucketStats, Stats
+from mpiddl.training.stats import Accounts, BucketStats, Stats
 from mpiddl.training.sync_batch_norm import adopt_batch_norms
 from mpiddl.training.unused import Unused
 from mpiddl.training.wrapping import (
@@ -41,23 +41,10 @@ from mpiddl.training.wrapping import (
     detach,
     trained_parameters,
 )
-from mpiddl.waits import Waits
 
-__all__ = ["Deferral", "Reducer"]
+__all__ = ["Reducer"]
 
 _number_of_backward = torch._C._current_graph_task_id
-
-
-class Deferral(Protocol):
-    """Takes over the wait for buckets."""
-
-    def backward_ended(self) -> None:
-        """All buckets are in flight or complete."""
-        ...
-
-    def synchronize(self) -> None:
-        """Wait for all of them, and do what was to be done with them."""
-        ...
 
 
 class Reducer:
@@ -80,6 +67,7 @@ class Reducer:
         samples: Of this rank, inside ``batch()``.
         total: Of all ranks, inside ``batch()``; None: ``join()`` tells.
         synchronises: Whether a backward reduces.
+        accounts: What it has cost.
         deferral: Waits for the buckets in place of the end of backward.
     """
 
@@ -95,7 +83,7 @@ class Reducer:
         self.total: int | None = None
         self.synchronises = True
         self.deferral: Deferral | None = None
-        self.stats = Stats()
+        self.accounts = Accounts()
         self.names: list[str] = []
         self.parameters: list[torch.nn.Parameter] = []
         self._module = module
@@ -111,7 +99,7 @@ class Reducer:
             BufferBroadcast(module, self._control) if options.broadcast_buffers else None
         )
         self._looks = options.nan_check != "off" or options.static_graph
-        self._calibration: Calibration | None = None
+        self._plans = Plans(options, world, self._control)
         self._backward: int | None = None  # autograd's number for the one that runs
         self._next: tuple[BucketPlan, Choice] | None = None  # for the next backward
         self.replan()
@@ -126,11 +114,7 @@ class Reducer:
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
         specs = [spec_of(name, parameter) for name, parameter in named]
-        if self._calibration is None:
-            model = agreement.digest([str(spec) for spec in specs])
-            self._calibration = Calibration(self._options, self.world, self._control, model)
-        choice = self._calibration.present
-        plan = plan_buckets(specs, choice.bucket_size)
+        plan, choice = self._plans.first(specs)
         if self._options.check:
             agree_on_plan(self._module, plan, self._options.algorithm, self._control)
         self._arenas = {
@@ -138,7 +122,6 @@ class Reducer:
             for dtype, length in plan.lengths.items()
         }
         self._unused = Unused(self.parameters, self.names, self._options.static_graph)
-        self._order: list[int] | None = None
         self._plan_ahead(plan, choice)
         self._lay_out()
         attach(self, self.names, self.parameters)
@@ -164,11 +147,11 @@ class Reducer:
             self._engine,
             self.scheduler.backwards if hasattr(self, "scheduler") else 0,
         )
-        self.stats.buckets = [
+        self.accounts.stats.buckets = [
             BucketStats(bucket.buffer.nbytes, [self.names[m] for m in bucket.members])
             for bucket in self.gradients.buckets
         ]
-        self._nbytes = sum(bucket.nbytes for bucket in self.stats.buckets)
+        self._nbytes = sum(bucket.nbytes for bucket in self.accounts.stats.buckets)
         describe_plan(self.number, self.plan, self.reductions.tags)
 
     # The way of a gradient.
@@ -202,7 +185,7 @@ class Reducer:
             self._collected.append(member)
         else:
             self.scheduler.ready(member, self._start)
-        self.stats.exposed_seconds += time.perf_counter() - started
+        self.accounts.stats.exposed_seconds += time.perf_counter() - started
 
     def _look_at(self, member: int, gradient: torch.Tensor) -> None:
         """Raise GradientError for one that must not be reduced."""
@@ -218,6 +201,7 @@ class Reducer:
     def _begin(self) -> None:
         if self.deferral is not None:
             self.deferral.synchronize()
+        self.count()
         self.scheduler.begin()
         if self._next is not None:
             self.gradients.release()
@@ -252,6 +236,7 @@ class Reducer:
     def shadow_finish(self) -> None:
         """The end of a backward of other ranks, or of this one's."""
         started = time.perf_counter()
+        self.accounts.backward_computed(self._nbytes)
         self._backward = None
         self._unreduced = False
         joined = announcements_of(self.world)
@@ -263,8 +248,6 @@ class Reducer:
         self.scheduler.refuse_absent()
         if self._buffers is not None:
             self._buffers.start(0 if joined is None else joined.root)
-        self.stats.backwards += 1
-        self.stats.reduced_bytes += self._nbytes
         if self.deferral is None:
             self.wait()
         else:
@@ -272,7 +255,7 @@ class Reducer:
         record(Kind.BACKWARD_END, self.number, value=self.scheduler.backwards)
         if joined is None:  # else some ranks may not come here any more
             self._look_ahead()
-        self.stats.exposed_seconds += time.perf_counter() - started
+        self.accounts.stats.exposed_seconds += time.perf_counter() - started
 
     def _settle_unused(self) -> None:
         absent = self.scheduler.absent
@@ -301,31 +284,19 @@ class Reducer:
         """Parameters that no rank used in the last backward: they have no gradient."""
         return self._unused.untouched
 
+    def count(self) -> Stats:
+        """What the exchange has cost so far."""
+        self.accounts.count(self.scheduler)
+        return self.accounts.stats
+
     def _look_ahead(self) -> None:
         """Agree on what changes with the next backward. All ranks come here together."""
-        assert self._calibration is not None
-        choice = self._calibration.after_backward()
-        reorders = self._order is None and self._options.rebuild_buckets
-        if self._order is None:
-            self._order = self._observed_order() if reorders else list(self._default_order)
-        if choice is not None or (reorders and self._order != self._default_order):
-            choice = choice or self._calibration.present
-            plan = plan_buckets(self.plan.parameters, choice.bucket_size, order=self._order)
-            self._plan_ahead(plan, choice)
+        following = self._plans.next(self.plan, self.scheduler.arrived)
+        if following is not None:
+            self._plan_ahead(*following)
         every = self._options.check_replicas_every
-        if every and self.stats.backwards % every == 0:
+        if every and self.accounts.stats.backwards % every == 0:
             self._check_replicas()
-
-    @property
-    def _default_order(self) -> list[int]:
-        return list(range(len(self.parameters)))[::-1]
-
-    def _observed_order(self) -> list[int]:
-        """In which the gradients came on rank 0; those that did not come are last."""
-        arrived = self.scheduler.arrived
-        order = arrived + [m for m in self._default_order if m not in set(arrived)]
-        observed: list[int] = self._control.broadcast_json(order)
-        return observed
 
     def _check_replicas(self) -> None:
         if self.deferral is not None:
@@ -335,19 +306,7 @@ class Reducer:
 
     def use_hook(self, state: Any, hook: CommHook) -> None:
         """``hook(state, bucket)`` takes the place of the all-reduce."""
-
-        def reduce(bucket: Bucket, weight: float) -> Waits[None]:
-            seen = GradientBucket(
-                bucket.number,
-                len(self.gradients.buckets),
-                bucket.buffer,
-                [self.names[member] for member in bucket.members],
-                weight,
-                functools.partial(self.reductions.all_reduce, bucket.number),
-            )
-            return in_plain_mode(hook(state, seen))
-
-        self.reductions.hook = reduce
+        self.reductions.hook = hook_for_buckets(state, hook, self.names, self.reductions.all_reduce)
 
     @property
     def holds_unreduced(self) -> bool:

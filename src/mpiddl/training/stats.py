@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
+from typing import Any
 
-__all__ = ["BucketStats", "Stats"]
+import torch
+
+from mpiddl.overlap.scheduler import Scheduler
+
+__all__ = ["Accounts", "BucketStats", "Stats"]
 
 
 @dataclass
 class BucketStats:
-    """One bucket of the present plan.
+    """One bucket of the present plan, since it was laid out.
 
     Attributes:
         nbytes: Of its gradients.
         parameters: Names of the parameters whose gradients are in it, whole or in part.
-        in_flight_seconds: From launch to completion, the mean of its exchanges.
-        exposed_seconds: What the main thread waited for it after backward, the mean.
+        exchanges: So far.
+        in_flight_seconds: From launch to completion, in all exchanges.
+        exposed_seconds: What the main thread waited for it, in all exchanges.
     """
 
     nbytes: int
     parameters: list[str]
+    exchanges: int = 0
     in_flight_seconds: float = 0.0
     exposed_seconds: float = 0.0
 
@@ -31,10 +39,8 @@ class Stats:
     Attributes:
         backwards: Backward passes whose gradients were reduced.
         reduced_bytes: Gradient bytes that went through the all-reduce.
-        compute_seconds: From the begin of each forward to the end of its backward, without the
-            exposed time.
-        communication_seconds: In which at least one bucket was in flight, at most: the times of
-            all buckets, which overlap each other, added.
+        compute_seconds: Of forwards in training and backwards, without the exposed time.
+        communication_seconds: The times of all buckets in flight, which overlap each other, added.
         exposed_seconds: In which the main thread did communication or waited for it, gradient
             hooks included: what the computation did not hide.
         buckets: Of the present plan.
@@ -46,3 +52,62 @@ class Stats:
     communication_seconds: float = 0.0
     exposed_seconds: float = 0.0
     buckets: list[BucketStats] = field(default_factory=list)
+
+
+class Accounts:
+    """Keeps a model's statistics.
+
+    Attributes:
+        stats: They.
+    """
+
+    def __init__(self) -> None:
+        self.stats = Stats()
+        self._since: tuple[float, float] | None = None  # backward's begin; exposed before
+        self._counted = True
+
+    def forward_ended(self, output: Any, seconds: float) -> None:
+        """A forward that is trained took ``seconds``; the time of its backward counts too."""
+        self.stats.compute_seconds += seconds
+        node = None if torch.compiler.is_compiling() else _grad_fn_of(output)
+        if node is not None:
+            node.register_prehook(self._backward_began)
+
+    def _backward_began(self, _gradients: Any) -> None:
+        self._since = time.perf_counter(), self.stats.exposed_seconds
+
+    def backward_computed(self, nbytes: int) -> None:
+        """Backward has nothing more to compute; it has ``nbytes`` of gradients to reduce."""
+        if self._since is not None:
+            began, exposed = self._since
+            lasted = time.perf_counter() - began
+            self.stats.compute_seconds += lasted - (self.stats.exposed_seconds - exposed)
+            self._since = None
+        self.stats.backwards += 1
+        self.stats.reduced_bytes += nbytes
+        self._counted = False
+
+    def count(self, scheduler: Scheduler) -> None:
+        """Add the buckets of the last backward, unless that was done."""
+        if self._counted:
+            return
+        self._counted = True
+        columns = self.stats.buckets, scheduler.works, scheduler.exposed
+        for bucket, work, waited in zip(*columns, strict=True):
+            if work is not None and work.complete:
+                bucket.exchanges += 1
+                bucket.in_flight_seconds += work.seconds
+                bucket.exposed_seconds += waited
+                self.stats.communication_seconds += work.seconds
+        scheduler.exposed = [0.0] * len(scheduler.exposed)
+
+
+def _grad_fn_of(output: Any) -> torch.autograd.graph.Node | None:
+    """Where backward begins: of the first tensor in a model's output."""
+    if isinstance(output, torch.Tensor):
+        return output.grad_fn
+    if isinstance(output, dict):
+        output = list(output.values())
+    if isinstance(output, tuple | list):
+        return next(filter(None, map(_grad_fn_of, output)), None)
+    return None

@@ -24,7 +24,7 @@ class StepUnits:
         buckets: Of each unit, all that its gradients are in.
         groups: Of each unit and each group of the optimizer, the parameters.
         others: Of each group, the parameters that are not exchanged.
-        unit_of: By parameter.
+        unit_of: By the identity of a parameter.
         hidden: By parameter, what ``grad`` is while it is in flight.
     """
 
@@ -36,13 +36,14 @@ class StepUnits:
             last = max(bucket.number for bucket in gradients.buckets_of(member))
             by_bucket.setdefault(last, []).append(member)
         self.members = [by_bucket[number] for number in sorted(by_bucket)]
-        self.unit_of = {m: unit for unit, members in enumerate(self.members) for m in members}
         self.parameters = [[reducer.parameters[m] for m in members] for members in self.members]
         self.buckets = [
             list({b.number: b for m in members for b in gradients.buckets_of(m)}.values())
             for members in self.members
         ]
-        unit_of = {id(reducer.parameters[m]): unit for m, unit in self.unit_of.items()}
+        unit_of = self.unit_of = {
+            id(p): unit for unit, parameters in enumerate(self.parameters) for p in parameters
+        }
         self.groups = [
             [[p for p in group["params"] if unit_of.get(id(p)) == unit] for group in groups]
             for unit in range(len(self.members))

@@ -1,0 +1,19 @@
+"""Who may wait for the buckets in place of the end of backward."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+__all__ = ["Deferral"]
+
+
+class Deferral(Protocol):
+    """Takes over the wait for buckets."""
+
+    def backward_ended(self) -> None:
+        """All buckets are in flight or complete."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait for all of them, and do what was to be done with them."""
+        ...

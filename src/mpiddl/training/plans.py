@@ -1,0 +1,64 @@
+"""Which buckets a model has, and how that changes in the first steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mpiddl.buckets import agreement
+from mpiddl.buckets.plan import BucketPlan, ParameterSpec, plan_buckets
+from mpiddl.comm.world import World
+from mpiddl.overlap.control import Control
+from mpiddl.training.calibration import Calibration, Choice
+from mpiddl.training.options import Options
+
+__all__ = ["Plans"]
+
+
+class Plans:
+    """Plans, the same on every rank.
+
+    Args:
+        options: What the user chose.
+        world: The ranks.
+        control: Carries what they agree on.
+    """
+
+    def __init__(self, options: Options, world: World, control: Control) -> None:
+        self._options = options
+        self._world = world
+        self._control = control
+        self._calibration: Calibration | None = None
+        self._order: list[int] | None = None
+
+    def first(self, specs: Sequence[ParameterSpec]) -> tuple[BucketPlan, Choice]:
+        """The plan for these parameters before a backward has shown anything. Collective."""
+        if self._calibration is None:
+            model = agreement.digest([str(spec) for spec in specs])
+            self._calibration = Calibration(self._options, self._world, self._control, model)
+        self._order = None
+        choice = self._calibration.present
+        return plan_buckets(specs, choice.bucket_size), choice
+
+    def next(self, plan: BucketPlan, arrived: Sequence[int]) -> tuple[BucketPlan, Choice] | None:
+        """What follows ``plan`` with the next backward, if it changes. Collective: all ranks come
+        here after each backward.
+
+        Args:
+            plan: The present one.
+            arrived: Parameters in the order in which their gradients came.
+        """
+        assert self._calibration is not None
+        choice = self._calibration.after_backward()
+        default = list(range(len(plan.parameters)))[::-1]
+        reordered = False
+        if self._order is None:
+            self._order = default
+            if self._options.rebuild_buckets:
+                # Those that did not come are last. Rank 0's word.
+                order = [*arrived, *(m for m in default if m not in set(arrived))]
+                self._order = self._control.broadcast_json(order)
+                reordered = self._order != default
+        if choice is None and not reordered:
+            return None
+        choice = choice or self._calibration.present
+        return plan_buckets(plan.parameters, choice.bucket_size, order=self._order), choice
