@@ -168,12 +168,9 @@ def _mpiddl(engine: str, options: Options, world: World, model: nn.Module) -> Wa
 
 
 def _next(engine: str, options: Options, world: World, model: nn.Module) -> Way:
-    if not hasattr(mpiddl, "OverlappedOptimizer"):
-        raise PeerError(f"next/{engine}: this mpiddl has no OverlappedOptimizer")
     wrapped = _wrapped(engine, options, world, model)
-    make: Any = mpiddl.OverlappedOptimizer
-    optimizer = make(torch.optim.SGD, wrapped, lr=LEARNING_RATE)
-    return Way(wrapped, optimizer, settle=optimizer.state_dict)
+    optimizer = mpiddl.OverlappedOptimizer(torch.optim.SGD, wrapped, lr=LEARNING_RATE)
+    return Way(wrapped, optimizer, settle=optimizer.synchronize)
 
 
 WAYS: dict[str, Callable[[str, Options, World, nn.Module], Way]] = {
