@@ -37,7 +37,7 @@ class LateEngine(Engine):
     """Delays every collective by chance; another chance on every rank."""
 
     def __init__(self, seed, rank):
-        super().__init__("inline")
+        super().__init__()
         self.chance = random.Random(f"{seed} {rank}")
 
     def submit(self, waits, world, result=None):

@@ -573,7 +573,7 @@ def test_after_a_backward_that_raised_on_one_rank_the_next_is_refused(world, agr
         pytest.skip("nothing can be left in flight")
     monkeypatch.setattr(scheduler, "LEFT_OVER_SECONDS", 0.1)
     group = world.split(0)
-    model = mpiddl.DataParallel(make_model(), bucket_size=2000, world=group)
+    model = mpiddl.DataParallel(make_model(), bucket_size=2000, world=group, engine="inline")
     inputs, targets = data()
     if world.rank == 0:
         hidden = FailsOnDemand.apply(model.module[:2](inputs))

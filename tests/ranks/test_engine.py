@@ -25,7 +25,7 @@ CHUNK_BYTES = 512
 @pytest.fixture(params=["inline", "thread"])
 def engine(request, world):
     """An engine of its own; the world's is idle meanwhile, so that MPI has one caller."""
-    engine = Engine(request.param)
+    engine = Engine(threaded=request.param == "thread")
     yield engine
     engine.stop()
 
@@ -105,7 +105,7 @@ def test_a_foreground_collective_while_a_bucket_waits(world, agree):
 
 def test_a_thread_goes_on_while_the_main_thread_computes(world, agree):
     """The main thread never polls: only the engine's own thread can complete this."""
-    engine = Engine("thread")
+    engine = Engine(threaded=True)
     buffer = buffer_of(world.rank, 5000, torch.float32)
 
     work = engine.submit(reduction(world, world.tags.keep(1)[0], buffer), world)
@@ -169,7 +169,7 @@ def test_two_worlds_waited_for_in_opposite_orders(world, agree):
 def test_a_thread_gets_its_result_while_another_waits(world, agree):
     """One thread waits for a work that completes only after another thread's is done."""
     tags = world.tags.keep(1)
-    driver = Engine("inline")
+    driver = Engine()
     gate = Held()
     buffer = buffer_of(world.rank, 100, torch.float32)
     held = driver.submit(reduction(world, tags[0], buffer, gate), world)
@@ -192,7 +192,7 @@ def test_ctrl_c_in_a_collective_is_no_completion(world, agree):
     def interrupted():
         yield Interrupted()
 
-    driver = Engine("inline")
+    driver = Engine()
     with pytest.raises(KeyboardInterrupt):
         driver.submit(interrupted(), world).wait()
     work = driver.run(barrier(Channel(world, world.tags.keep(1)[0])), world)
@@ -200,7 +200,7 @@ def test_ctrl_c_in_a_collective_is_no_completion(world, agree):
 
 
 def test_inference_tensors_in_the_engines_thread(world, agree):
-    driver = Engine("thread")
+    driver = Engine(threaded=True)
     with torch.inference_mode():
         buffer = buffer_of(world.rank, 1000, torch.float32)
         driver.submit(reduction(world, world.tags.keep(1)[0], buffer), world).wait()

@@ -179,10 +179,9 @@ class Engine:
     def _round(self) -> bool:
         """Advance every work once; True if any went on. Under the lock."""
         self._collect()
-        moved = False
+        moved = True  # also after an exception: its work is over
         try:
-            for work in self._in_flight:
-                moved |= work.advance()
+            moved = any([work.advance() for work in self._in_flight])  # noqa: C419 - all of them
         finally:
             if moved:
                 self._in_flight = [work for work in self._in_flight if not work.complete]
