@@ -13,13 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 import mpiddl
 
 COMING = {
-    "broadcast_buffers",  # DataParallel(broadcast_buffers=True), the default; False
-    "changed",  # a model that was changed after wrapping is refused with a clear error
     "copies",  # deepcopy, pickle and torch.save of the wrapper
-    "find_unused_parameters",  # DataParallel(find_unused_parameters=True)
-    "refreeze",  # parameters frozen and unfrozen during training
     "sparse",  # sparse gradients of embeddings are reduced
-    "static_graph",  # DataParallel(static_graph=True)
 }
 """What is not there yet. A name that is taken out switches its tests on."""
 
