@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 
-import pytest
 import torch
 from torch import nn
 from torch.nn.functional import mse_loss
@@ -12,23 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mpiddl
 
-COMING = {
-    "broadcast_buffers",  # DataParallel(broadcast_buffers=True), the default; False
-    "changed",  # a model that was changed after wrapping is refused with a clear error
-    "copies",  # deepcopy, pickle and torch.save of the wrapper
-    "find_unused_parameters",  # DataParallel(find_unused_parameters=True)
-    "refreeze",  # parameters frozen and unfrozen during training
-    "sparse",  # sparse gradients of embeddings are reduced
-    "static_graph",  # DataParallel(static_graph=True)
-}
-"""What is not there yet. A name that is taken out switches its tests on."""
-
 FEATURES, ROWS = 6, 4
-
-
-def coming(what):
-    """Mark of the tests of what is not there yet."""
-    return pytest.mark.skipif(what in COMING, reason=f"coming: {what}")
 
 
 def mlp(width=16, depth=3, dtype=torch.float64, seed=1):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ddp import COMING, FEATURES, batch, both, coming, difference, mlp, sgd, train
+from ddp import FEATURES, batch, both, difference, mlp, sgd, train
 from torch import nn
 from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel
@@ -177,12 +177,11 @@ def test_each_rank_has_its_own_statistics(world, agree):
         with_batch_norm,
         lambda model: train(model, world),
         theirs={"broadcast_buffers": False},
-        ours={"broadcast_buffers": False} if "broadcast_buffers" not in COMING else {},
+        ours={"broadcast_buffers": False},
     )
     agree(not difference(want, got), difference(want, got))
 
 
-@coming("broadcast_buffers")
 def test_buffers_are_rank_0s_after_every_backward(world, agree):
     """torch makes them so when the next forward begins; after the last one they differ."""
     model = DistributedDataParallel(with_batch_norm())

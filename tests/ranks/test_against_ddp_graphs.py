@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ddp import FEATURES, batch, both, coming, difference, mlp, sgd, train
+from ddp import FEATURES, batch, both, difference, mlp, sgd, train
 from torch import nn
 from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel
@@ -39,7 +39,6 @@ def train_branches(model, world, branch_of, steps=4, accumulates=False):
         optimizer.step()
 
 
-@coming("find_unused_parameters")
 @pytest.mark.parametrize("accumulates", [False, True])
 def test_parameters_that_some_ranks_do_not_use(world, agree, accumulates):
     """Another branch on each rank; those that no rank took keep a gradient of None."""
@@ -56,7 +55,6 @@ def test_parameters_that_some_ranks_do_not_use(world, agree, accumulates):
     agree(got["gradient of branches.3.weight"] is None)
 
 
-@coming("find_unused_parameters")
 def test_unused_parameters_after_no_sync(world, agree):
     """What was used under ``no_sync`` only is reduced by the next backward that is."""
 
@@ -79,7 +77,6 @@ def test_without_that_option_an_unused_parameter_is_named(world, agree):
     agree(True)
 
 
-@coming("static_graph")
 def test_a_static_graph(world, agree):
     """A branch twice in one forward, others never: the first step shows it, the rest rely on it."""
 
@@ -102,7 +99,6 @@ def test_a_static_graph(world, agree):
     agree(not difference(want, got), difference(want, got))
 
 
-@coming("refreeze")
 def test_frozen_and_unfrozen_during_training(world, agree):
     """torch must be wrapped anew for that."""
     stages = [[], ["0."], ["0.", "2."], []]
@@ -132,7 +128,7 @@ quiet = pytest.mark.filterwarnings(
 
 
 @quiet
-@pytest.mark.parametrize("where", ["around the wrapper", "inside it"])
+@pytest.mark.parametrize("where", ["around the wrapper", "inside it", "both"])
 def test_compiled(world, agree, where):
     """With a back end that needs no compiler."""
 
@@ -143,9 +139,9 @@ def test_compiled(world, agree, where):
     train(DistributedDataParallel(want), world)
     torch._dynamo.reset()
     module = mlp()
-    inside = where == "inside it"
-    model = mpiddl.DataParallel(compiled(module) if inside else module, bucket_size=500)
-    train(model if inside else compiled(model), world)
+    inner = module if where == "around the wrapper" else compiled(module)
+    model = mpiddl.DataParallel(inner, bucket_size=500)
+    train(model if where == "inside it" else compiled(model), world)
 
     pairs = zip(want.parameters(), module.parameters(), strict=True)
     agree(all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in pairs))
@@ -174,7 +170,6 @@ def test_compiled_with_accumulation_and_batch(world, agree):
     agree(all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in pairs))
 
 
-@coming("sparse")
 def test_sparse_gradients_of_embeddings(world, agree):
     def make():
         torch.manual_seed(6)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import zip_longest
 
 from mpiddl.buckets.plan import BucketPlan, ParameterSpec
@@ -30,16 +30,23 @@ def who_has_what(values: Sequence[object]) -> str:
     return "; ".join(f"{value!r} on rank {', '.join(ranks)}" for value, ranks in holders.items())
 
 
-def describe(plan: BucketPlan, state: Sequence[ParameterSpec], algorithm: str) -> list[str]:
+def describe(
+    plan: BucketPlan,
+    state: Sequence[ParameterSpec],
+    algorithm: str,
+    sparse: Collection[str] = (),
+) -> list[str]:
     """One line for all that ranks must agree on, in an order that names causes first.
 
     Args:
-        plan: Buckets of the trained parameters.
+        plan: Buckets of the trained parameters with dense gradients.
         state: All parameters and buffers, trained or not.
         algorithm: Of the all-reduce.
+        sparse: Names of the trained parameters with sparse gradients.
     """
-    trained = {spec.name for spec in plan.parameters}
-    lines = [_describe_tensor(spec, spec.name in trained) for spec in state]
+    kinds = dict.fromkeys((spec.name for spec in plan.parameters), "trained")
+    kinds.update(dict.fromkeys(sparse, "trained, sparse"))
+    lines = [_describe_tensor(spec, kinds.get(spec.name, "not trained")) for spec in state]
     lines += [
         f"bucket {number}: {bucket.dtype}, elements {bucket.start} to {bucket.stop}, "
         f"parameters {bucket.members}"
@@ -48,8 +55,7 @@ def describe(plan: BucketPlan, state: Sequence[ParameterSpec], algorithm: str) -
     return [*lines, f"algorithm {algorithm}"]
 
 
-def _describe_tensor(spec: ParameterSpec, trained: bool) -> str:
-    kind = "trained" if trained else "not trained"
+def _describe_tensor(spec: ParameterSpec, kind: str) -> str:
     return f"{spec.name}: {spec.dtype}{list(spec.shape)}, strides {list(spec.strides)}, {kind}"
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from mpiddl.collectives import objects
+from mpiddl.collectives.all_gather import all_gather
 from mpiddl.collectives.broadcast import broadcast
 from mpiddl.collectives.channel import Channel
 from mpiddl.collectives.doubling import doubling_all_reduce
@@ -14,6 +16,7 @@ from mpiddl.devices.base import Buffer
 from mpiddl.devices.host import HOST
 from mpiddl.overlap.engine import engine_of
 from mpiddl.overlap.work import Work
+from mpiddl.waits import Waits
 
 __all__ = ["Control"]
 
@@ -45,6 +48,15 @@ class Control:
     def gather_json(self, value: Any) -> Any:
         """A list of every rank's value on every rank."""
         return self._engine.run(objects.gather_json(value, None, self._channel), self._world)
+
+    def all_gather(self, *gathers: Sequence[Buffer]) -> None:
+        """In each, fill ``parts[peer]`` from each rank; this rank's own is there already."""
+
+        def one_after_the_other() -> Waits[None]:
+            for parts in gathers:
+                yield from all_gather(parts, self._channel)
+
+        self._engine.run(one_after_the_other(), self._world)
 
     def broadcast(self, buffer: Buffer, root: int) -> Work:
         """Start to copy rank ``root``'s ``buffer`` to every rank; one such at a time."""

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -34,11 +34,16 @@ class DataParallel(torch.nn.Module):
 
     Gradients are views of a few large buckets. A bucket is exchanged as soon as its last
     gradient is there, while backward goes on; ``backward()`` returns when all are complete.
-    Two backward calls before a step equal one on the summed loss.
+    Two backward calls before a step equal one on the summed loss. Sparse gradients of embeddings
+    (``sparse=True``) are in no bucket; they are added up at the end of backward.
 
     ``state_dict()`` and ``load_state_dict()`` use the names of the wrapped model, without a
     ``module.`` in front; attributes that the wrapper lacks are looked up in the wrapped model,
     which is ``.module``.
+
+    A copy (``copy.deepcopy``, pickle, ``torch.save``) is a wrapper of its own around a copy of the
+    model. It costs nothing until it is trained: its first forward in training wraps, collectively.
+    Comm hooks and optimizers stay with the original.
 
     Args:
         module: The model, on the CPU.
@@ -94,8 +99,8 @@ class DataParallel(torch.nn.Module):
         if trace is not None:
             flight.trace_into(Path(trace))
         self.module = module
-        self.world = world or current_world()
-        options = options_from(
+        self._world: World | None = world or current_world()
+        self._options = options_from(
             self.world.settings,
             bucket_size=bucket_size,
             algorithm=algorithm,
@@ -108,28 +113,47 @@ class DataParallel(torch.nn.Module):
             broadcast_buffers=broadcast_buffers,
             rebuild_buckets=rebuild_buckets,
         )
-        self._reducer = Reducer(module, self.world, options)
-        broadcast_state(module, self.world)
+        self._reducer: Reducer | None = None
+        self._wrap()
+
+    def _wrap(self) -> Reducer:
+        self._reducer = Reducer(self.module, self.world, self._options)
+        broadcast_state(self.module, self.world)
+        return self._reducer
+
+    @property
+    def world(self) -> World:
+        """The ranks. Of a wrapper that was saved, those of ``mpiddl.init()``."""
+        if self._world is None:
+            self._world = current_world()
+        return self._world
 
     @property
     def reducer(self) -> Reducer:
-        """What reduces the gradients; for the library's own use."""
-        return self._reducer
+        """What reduces the gradients; for the library's own use. Collective in a new copy."""
+        return self._reducer or self._wrap()
 
     @property
     def plan(self) -> BucketPlan:
         """Which gradient is in which bucket."""
-        return self._reducer.plan
+        return self.reducer.plan
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.training and torch.is_grad_enabled():
-            self._reducer.forward_begins()
+        trains = self.training and torch.is_grad_enabled()
+        if trains:
+            self._forward_begins()
+        if torch.compiler.is_compiling() or self._reducer is None:
+            return self.module(*args, **kwargs)  # what can be measured here is not worth a break
         began = time.perf_counter()
         with span(Kind.FORWARD_BEGIN, self._reducer.number):
             output = self.module(*args, **kwargs)
-        if self.training and torch.is_grad_enabled():
+        if trains:
             self._reducer.accounts.forward_ended(output, time.perf_counter() - began)
         return output
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _forward_begins(self) -> None:
+        self.reducer.forward_begins()
 
     # What users control.
 
@@ -153,7 +177,7 @@ class DataParallel(torch.nn.Module):
             MismatchError: With MPIDDL_CHECK=1, or inside ``join()``: the parts of all ranks do not
                 add up to ``total``.
         """
-        reducer = self._reducer
+        reducer = self.reducer
         if not reducer.synchronises or reducer.samples is not None:
             raise ValueError(
                 "model.batch() inside no_sync() or another batch(): gradients that are "
@@ -177,7 +201,7 @@ class DataParallel(torch.nn.Module):
         Raises:
             ValueError: Inside ``batch()``, as there.
         """
-        reducer = self._reducer
+        reducer = self.reducer
         if reducer.samples is not None:
             raise ValueError("no_sync() inside model.batch(): see model.batch()")
         before, reducer.synchronises = reducer.synchronises, False
@@ -191,16 +215,22 @@ class DataParallel(torch.nn.Module):
 
         Every rank registers the same hook, between two backwards. The next one takes its place.
         """
-        self._reducer.use_hook(state, hook)
+        self.reducer.use_hook(state, hook)
+
+    def synchronize(self) -> None:
+        """Wait until all parameters are updated, where an ``OverlappedOptimizer`` steps them."""
+        if self._reducer is not None and self._reducer.deferral is not None:
+            self._reducer.deferral.synchronize()
 
     def stats(self) -> Stats:
         """What the exchange has cost since the model was wrapped."""
-        return copy.deepcopy(self._reducer.count())
+        return Stats() if self._reducer is None else copy.deepcopy(self._reducer.count())
 
     def unwrap(self) -> torch.nn.Module:
         """Take the hooks off and return the model inside. Collective; the wrapper is of no use
         afterwards, and the model can be wrapped again."""
-        self._reducer.close()
+        if self._reducer is not None:
+            self._reducer.close()
         return self.module
 
     # A module like the one inside.
@@ -220,8 +250,18 @@ class DataParallel(torch.nn.Module):
             state_dict[inner] = state_dict.pop(name)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise TypeError("a DataParallel belongs to this job; copy or save model.module instead")
+    # Copies.
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DataParallel:
+        other = type(self).__new__(type(self))
+        memo[id(self)] = other
+        other.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[no-untyped-call]
+        other._world = self._world
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.synchronize()
+        return {**self.__dict__, "_world": None, "_reducer": None}
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -229,4 +269,5 @@ class DataParallel(torch.nn.Module):
         except AttributeError:
             if name == "module":  # not there yet: do not look for it in itself
                 raise
-            return getattr(self.module, name)
+            # A compiled model's own attributes would make torch.compile take this for one.
+            return getattr(getattr(self.module, "_orig_mod", self.module), name)

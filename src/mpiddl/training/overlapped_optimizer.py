@@ -11,6 +11,7 @@ import torch
 
 from mpiddl.training.data_parallel import DataParallel
 from mpiddl.training.first_use import first_uses
+from mpiddl.training.own_hooks import OwnHook
 from mpiddl.training.step_units import Group, StepUnits
 
 __all__ = ["OverlappedOptimizer"]
@@ -77,10 +78,10 @@ class OverlappedOptimizer(torch.optim.Optimizer):
         self._root = model.module
         model.reducer.deferral = self
         self._root.register_state_dict_pre_hook(  # type: ignore[no-untyped-call]
-            lambda *_: self.synchronize()
+            OwnHook(lambda *_: self.synchronize())
         )
-        self._root.register_forward_pre_hook(self._root_begins, prepend=True)
-        self._root.register_forward_hook(self._root_ends, always_call=True)
+        self._root.register_forward_pre_hook(OwnHook(self._root_begins), prepend=True)
+        self._root.register_forward_hook(OwnHook(self._root_ends), always_call=True)
 
     # What the reducer calls.
 
@@ -249,7 +250,7 @@ class OverlappedOptimizer(torch.optim.Optimizer):
         for parameter in root.parameters():
             module = self._found.get(id(parameter), root)
             if module not in self._needs:
-                module.register_forward_pre_hook(self._module_begins)
+                module.register_forward_pre_hook(OwnHook(self._module_begins))
             self._needs.setdefault(module, []).append(parameter)
 
     def _module_begins(self, module: torch.nn.Module, _args: object) -> None:

@@ -31,6 +31,7 @@ from mpiddl.training.options import Options
 from mpiddl.training.plans import Plans
 from mpiddl.training.roster import Roster
 from mpiddl.training.shares import weight_of_backward
+from mpiddl.training.sparse import SparseGradients, sparse_weights
 from mpiddl.training.stats import Accounts, BucketStats, Stats
 from mpiddl.training.sync_batch_norm import adopt_batch_norms
 from mpiddl.training.unused import Unused
@@ -57,8 +58,9 @@ class Reducer:
 
     Attributes:
         number: Of this model among those of the process, in events.
-        names: Of the trained parameters, in the model's order.
+        names: Of the trained parameters with dense gradients, in the model's order.
         parameters: These.
+        sparse: The trained parameters with sparse gradients.
         plan: Their buckets.
         gradients: The buckets' memory.
         scheduler: The buckets of the present backward.
@@ -86,6 +88,7 @@ class Reducer:
         self.accounts = Accounts()
         self.names: list[str] = []
         self.parameters: list[torch.nn.Parameter] = []
+        self.sparse = SparseGradients([], [])
         self._module = module
         self._weight = 1 / world.size  # of this rank in the sum of the backward that runs
         self._takes_part = True  # in the backward that runs
@@ -110,13 +113,18 @@ class Reducer:
         """Plan for the parameters that are trained now. Collective."""
         self._roster = Roster(self._module)
         named = trained_parameters(self._module, self)
-        detach(self.parameters)
-        self.names = [name for name, _ in named]
-        self.parameters = [parameter for _, parameter in named]
-        specs = [spec_of(name, parameter) for name, parameter in named]
+        detach(self.trained)
+        others = sparse_weights(self._module)
+        dense = [(name, parameter) for name, parameter in named if id(parameter) not in others]
+        self.names = [name for name, _ in dense]
+        self.parameters = [parameter for _, parameter in dense]
+        sparse = [(name, parameter) for name, parameter in named if id(parameter) in others]
+        self.sparse = SparseGradients([n for n, _ in sparse], [p for _, p in sparse])
+        specs = [spec_of(name, parameter) for name, parameter in dense]
         plan, choice = self._plans.first(specs)
         if self._options.check:
-            agree_on_plan(self._module, plan, self._options.algorithm, self._control)
+            algorithm = self._options.algorithm
+            agree_on_plan(self._module, plan, algorithm, self.sparse.names, self._control)
         self._arenas = {
             dtype: HOST.empty(length, getattr(torch, dtype), self.world)
             for dtype, length in plan.lengths.items()
@@ -124,7 +132,12 @@ class Reducer:
         self._unused = Unused(self.parameters, self.names, self._options.static_graph)
         self._plan_ahead(plan, choice)
         self._lay_out()
-        attach(self, self.names, self.parameters)
+        attach(self, [*self.names, *self.sparse.names], self.trained)
+
+    @property
+    def trained(self) -> list[torch.nn.Parameter]:
+        """All trained parameters: those with dense gradients, then the others."""
+        return [*self.parameters, *self.sparse.parameters]
 
     def _plan_ahead(self, plan: BucketPlan, choice: Choice) -> None:
         """The next backward begins with this plan. Collective."""
@@ -172,7 +185,8 @@ class Reducer:
         started = time.perf_counter()
         gradient = parameter.grad
         assert gradient is not None
-        if gradient.is_sparse or self._looks:
+        dense = member < len(self.parameters)
+        if gradient.is_sparse is dense or self._looks:
             self._look_at(member, gradient)
         backward = _number_of_backward()
         if backward != self._backward:
@@ -181,22 +195,28 @@ class Reducer:
             self._backward = backward
             # Autograd calls back once, after all gradients of this backward.
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
-        if self._waits_for_end:
+        if dense and self._waits_for_end:
             self._collected.append(member)
-        else:
+        elif dense:
             self.scheduler.ready(member, self._start)
         self.accounts.stats.exposed_seconds += time.perf_counter() - started
 
     def _look_at(self, member: int, gradient: torch.Tensor) -> None:
         """Raise GradientError for one that must not be reduced."""
-        if gradient.is_sparse:
+        dense = member < len(self.parameters)
+        if dense and gradient.is_sparse:
             raise GradientError(
-                f"the gradient of {self.names[member]!r} is sparse, which cannot be reduced so "
-                "far; make the embedding with sparse=False"
+                f"the gradient of {self.names[member]!r} is sparse, but it is not the weight of a "
+                "torch.nn.Embedding or EmbeddingBag that had sparse=True when the model was "
+                "wrapped. Set sparse before wrapping, or use sparse=False"
             )
+        if not dense:
+            self.sparse.refuse(member - len(self.parameters))
         if self._options.nan_check != "off":
-            check_finite(self._options.nan_check, self.names[member], gradient, self.world)
-        self._unused.refuse(member)
+            name = [*self.names, *self.sparse.names][member]
+            check_finite(self._options.nan_check, name, gradient, self.world)
+        if dense:
+            self._unused.refuse(member)
 
     def _begin(self) -> None:
         if self.deferral is not None:
@@ -248,6 +268,8 @@ class Reducer:
         self.scheduler.refuse_absent()
         if self._buffers is not None:
             self._buffers.start(0 if joined is None else joined.root)
+        if self.sparse.parameters and self.world.size > 1:
+            self.sparse.reduce(self._weight, self.world, self._control)
         if self.deferral is None:
             self.wait()
         else:
@@ -301,7 +323,7 @@ class Reducer:
     def _check_replicas(self) -> None:
         if self.deferral is not None:
             self.deferral.synchronize()
-        named = dict(zip(self.names, self.parameters, strict=True))
+        named = dict(zip([*self.names, *self.sparse.names], self.trained, strict=True))
         refuse_difference(named, self._control.gather_json)
 
     def use_hook(self, state: Any, hook: CommHook) -> None:
@@ -311,7 +333,7 @@ class Reducer:
     @property
     def holds_unreduced(self) -> bool:
         """Whether ``no_sync`` has left gradients here that no backward has reduced since."""
-        return self._unreduced and any(p.grad is not None for p in self.parameters)
+        return self._unreduced and any(p.grad is not None for p in self.trained)
 
     @property
     def share(self) -> int:
@@ -320,6 +342,6 @@ class Reducer:
 
     def close(self) -> None:
         """The model is trained on this rank alone from now on. Collective."""
-        detach(self.parameters)
+        detach(self.trained)
         self.reductions.close()
         self._control.close()

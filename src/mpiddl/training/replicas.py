@@ -32,7 +32,6 @@ def check(model: torch.nn.Module, world: World | None = None, *, buffers: bool =
     inner = model
     if isinstance(model, DataParallel):
         inner = model.module
-        if model.reducer.deferral is not None:
-            model.reducer.deferral.synchronize()
+        model.synchronize()
     named = named_state(inner) if buffers else inner.named_parameters()
     refuse_difference(dict(named), functools.partial(gather_json, world=world))

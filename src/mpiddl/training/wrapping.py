@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -73,7 +73,11 @@ def _check_parameter(name: str, parameter: torch.nn.Parameter, wrapper: _Wrapper
 
 
 def agree_on_plan(
-    module: torch.nn.Module, plan: BucketPlan, algorithm: str, control: Control
+    module: torch.nn.Module,
+    plan: BucketPlan,
+    algorithm: str,
+    sparse: Collection[str],
+    control: Control,
 ) -> None:
     """Stop on every rank if they wrap different models. Collective.
 
@@ -81,7 +85,7 @@ def agree_on_plan(
         MismatchError: Names the first parameter, buffer or bucket that differs.
     """
     state = [spec_of(name, tensor) for name, tensor in named_state(module)]
-    lines = agreement.describe(plan, state, algorithm)
+    lines = agreement.describe(plan, state, algorithm, sparse)
     digests = control.gather_json(agreement.digest(lines))
     if any(theirs != digests[0] for theirs in digests):  # only then send them whole
         raise agreement.first_difference(control.gather_json(lines))
