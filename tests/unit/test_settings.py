@@ -22,12 +22,13 @@ def test_all_settings_are_read():
             "MPIDDL_SINGLE_COPY": "off",
             "MPIDDL_TUNE": "table.json",
             "MPIDDL_ENGINE": "thread",
+            "MPIDDL_ENGINE_THREADS": "2",
             "MPIDDL_TIMEOUT": "10m",
             "MPIDDL_TRACE": "traces",
         }
     )
     assert settings == Settings(
-        "ring", True, 4 << 20, 64 << 10, False, "table.json", "thread", 600.0, "traces"
+        *("ring", True, 4 << 20, 64 << 10, False, "table.json", "thread", 2, 600.0, "traces")
     )
 
 
@@ -45,7 +46,7 @@ def test_all_settings_are_read():
             "foo",
             "auto, shared, hierarchical, ring, direct, doubling, library, reference",
         ),
-        ("MPIDDL_ENGINE", "steam", "auto, inline, thread"),
+        ("MPIDDL_ENGINE", "steam", "auto, inline, after, thread"),
         ("MPIDDL_TIMEOUT", "soon", "write for example 90s, 10m"),
     ],
 )

@@ -8,9 +8,10 @@ import torch
 
 from mpiddl.buckets.bucket import Bucket
 from mpiddl.buckets.plan import BucketPlan, ParameterSpec
-from mpiddl.devices.base import Buffer
+from mpiddl.comm.world import World
+from mpiddl.devices.base import Buffer, Device
 
-__all__ = ["Gradients", "spec_of"]
+__all__ = ["Gradients", "arenas_for", "spec_of"]
 
 
 def spec_of(name: str, parameter: torch.Tensor) -> ParameterSpec:
@@ -22,6 +23,14 @@ def spec_of(name: str, parameter: torch.Tensor) -> ParameterSpec:
     strides = torch.empty_like(parameter, device="meta").stride()
     dtype = str(parameter.dtype).removeprefix("torch.")
     return ParameterSpec(name, tuple(parameter.shape), strides, dtype, parameter.dtype.itemsize)
+
+
+def arenas_for(plan: BucketPlan, device: Device, world: World) -> dict[str, Buffer]:
+    """Memory for all gradients of ``plan``, by dtype. Collective over ``world``."""
+    return {
+        dtype: device.empty(length, getattr(torch, dtype), world)
+        for dtype, length in plan.lengths.items()
+    }
 
 
 class Gradients:

@@ -15,6 +15,7 @@ from mpiddl.comm.layout import exchange, find_layout
 from mpiddl.comm.messages import Messages, Tags
 from mpiddl.comm.native import Native
 from mpiddl.comm.reach import find_reach
+from mpiddl.comm.threads import limit_torch_threads
 from mpiddl.comm.tuning import Choice, read_choices
 from mpiddl.comm.windows import Windows
 from mpiddl.errors import LaunchError, NotInitializedError, SettingsError
@@ -245,7 +246,7 @@ def init(comm: MPI.Comm | None = None, *, device: str | torch.device | None = No
             world.local_rank,
         )
     flight.begin(world, world._comm)
-    _limit_torch_threads(world.layout.cores)
+    limit_torch_threads(world.layout.cores)
     _current = world
     return world
 
@@ -280,20 +281,6 @@ def current_world() -> World:
     if _current is None:
         raise NotInitializedError("call mpiddl.init() first, on every rank")
     return _current
-
-
-def _limit_torch_threads(cores: int) -> None:
-    """Give torch one thread a core, unless OMP_NUM_THREADS says otherwise.
-
-    Left alone, every rank starts a thread for each core it may run on: four unbound ranks on a
-    node of 64 cores would run 256 threads.
-    """
-    if "OMP_NUM_THREADS" in os.environ:
-        return
-    import torch
-
-    if torch.get_num_threads() > cores:
-        torch.set_num_threads(cores)
 
 
 _owner = os.getpid()

@@ -16,7 +16,7 @@ from mpiddl.comm import flight
 from mpiddl.comm.world import World, current_world
 from mpiddl.events import Kind
 from mpiddl.overlap.spans import span
-from mpiddl.training.comm_hooks import CommHook
+from mpiddl.training.comm_hooks import CommHook, hook_for_buckets
 from mpiddl.training.options import options_from
 from mpiddl.training.reducer import Reducer
 from mpiddl.training.shares import check_share
@@ -215,7 +215,9 @@ class DataParallel(torch.nn.Module):
 
         Every rank registers the same hook, between two backwards. The next one takes its place.
         """
-        self.reducer.use_hook(state, hook)
+        reducer = self.reducer
+        all_reduce = reducer.reductions.all_reduce
+        reducer.reductions.hook = hook_for_buckets(state, hook, reducer.names, all_reduce)
 
     def synchronize(self) -> None:
         """Wait until all parameters are updated, where an ``OverlappedOptimizer`` steps them."""

@@ -188,7 +188,7 @@ class OverlappedOptimizer(torch.optim.Optimizer):
         del self._pending[unit]
         reducer, units = self._reducer, self._units
         reducer.scheduler.wait(units.buckets[unit])
-        untouched = set(reducer.untouched)
+        untouched = set(reducer.unused.untouched)
         for member in units.members[unit]:
             parameter = reducer.parameters[member]
             if parameter.grad is None:  # model.zero_grad()
@@ -260,7 +260,7 @@ class OverlappedOptimizer(torch.optim.Optimizer):
             unit = self._units.unit_of.get(id(parameter))
             if unit is not None and unit in self._pending:
                 self._finish(unit)
-        self._reducer.nudge()
+        self._reducer.engine.nudge()
 
 
 def _copied(group: Group) -> Group:

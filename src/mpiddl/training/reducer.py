@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from mpiddl.buckets.bucket import Bucket
-from mpiddl.buckets.gradients import Gradients, spec_of
+from mpiddl.buckets.gradients import Gradients, arenas_for, spec_of
 from mpiddl.buckets.plan import BucketPlan
 from mpiddl.comm.world import World
 from mpiddl.devices.host import HOST
@@ -24,7 +22,6 @@ from mpiddl.training.announcements import announcements_of
 from mpiddl.training.buffers import BufferBroadcast
 from mpiddl.training.calibration import Choice
 from mpiddl.training.checksums import refuse_difference
-from mpiddl.training.comm_hooks import CommHook, hook_for_buckets
 from mpiddl.training.deferral import Deferral
 from mpiddl.training.finite import check_finite
 from mpiddl.training.options import Options
@@ -32,7 +29,7 @@ from mpiddl.training.plans import Plans
 from mpiddl.training.roster import Roster
 from mpiddl.training.shares import weight_of_backward
 from mpiddl.training.sparse import SparseGradients, sparse_weights
-from mpiddl.training.stats import Accounts, BucketStats, Stats
+from mpiddl.training.stats import Accounts, Stats
 from mpiddl.training.sync_batch_norm import adopt_batch_norms
 from mpiddl.training.unused import Unused
 from mpiddl.training.wrapping import (
@@ -58,18 +55,17 @@ class Reducer:
 
     Attributes:
         number: Of this model among those of the process, in events.
-        names: Of the trained parameters with dense gradients, in the model's order.
-        parameters: These.
+        names, parameters: Those with dense gradients, in the model's order.
         sparse: The trained parameters with sparse gradients.
-        plan: Their buckets.
-        gradients: The buckets' memory.
+        plan, gradients: Their buckets, and the buckets' memory.
         scheduler: The buckets of the present backward.
         reductions: How they are reduced.
-        world: The ranks.
         samples: Of this rank, inside ``batch()``.
         total: Of all ranks, inside ``batch()``; None: ``join()`` tells.
         synchronises: Whether a backward reduces.
         accounts: What it has cost.
+        engine: Drives the buckets.
+        unused: Parameters without a gradient.
         deferral: Waits for the buckets in place of the end of backward.
     """
 
@@ -95,7 +91,7 @@ class Reducer:
         self._unreduced = False
         self._collected: list[int] = []  # ready, and not taken in before the end of backward
         self._options = options
-        self._engine = engine_of(world)
+        self.engine = engine_of(world)
         self._control = Control(world)
         self.reductions = BucketReductions(world, options.algorithm, self.number)
         self._buffers = (
@@ -125,11 +121,8 @@ class Reducer:
         if self._options.check:
             algorithm = self._options.algorithm
             agree_on_plan(self._module, plan, algorithm, self.sparse.names, self._control)
-        self._arenas = {
-            dtype: HOST.empty(length, getattr(torch, dtype), self.world)
-            for dtype, length in plan.lengths.items()
-        }
-        self._unused = Unused(self.parameters, self.names, self._options.static_graph)
+        self._arenas = arenas_for(plan, HOST, self.world)
+        self.unused = Unused(self.parameters, self.names, self._options.static_graph)
         self._plan_ahead(plan, choice)
         self._lay_out()
         attach(self, [*self.names, *self.sparse.names], self.trained)
@@ -157,14 +150,10 @@ class Reducer:
             self.names,
             self.number,
             self.reductions.ordered,
-            self._engine,
+            self.engine,
             self.scheduler.backwards if hasattr(self, "scheduler") else 0,
         )
-        self.accounts.stats.buckets = [
-            BucketStats(bucket.buffer.nbytes, [self.names[m] for m in bucket.members])
-            for bucket in self.gradients.buckets
-        ]
-        self._nbytes = sum(bucket.nbytes for bucket in self.accounts.stats.buckets)
+        self.accounts.lay_out(self.gradients.buckets, self.names)
         describe_plan(self.number, self.plan, self.reductions.tags)
 
     # The way of a gradient.
@@ -216,7 +205,7 @@ class Reducer:
             name = [*self.names, *self.sparse.names][member]
             check_finite(self._options.nan_check, name, gradient, self.world)
         if dense:
-            self._unused.refuse(member)
+            self.unused.refuse(member)
 
     def _begin(self) -> None:
         if self.deferral is not None:
@@ -228,8 +217,8 @@ class Reducer:
             self._lay_out()
         self._takes_part = True
         self._collected.clear()
-        self._unused.begin()
-        self.scheduler.contribute_nothing(sorted(self._unused.here or ()), self._start)
+        self.unused.begin()
+        self.scheduler.contribute_nothing(sorted(self.unused.here or ()), self._start)
 
     def _start(self, bucket: Bucket) -> Work:
         return self.reductions.start(bucket, None if self.world.size == 1 else self._weight)
@@ -256,7 +245,7 @@ class Reducer:
     def shadow_finish(self) -> None:
         """The end of a backward of other ranks, or of this one's."""
         started = time.perf_counter()
-        self.accounts.backward_computed(self._nbytes)
+        self.accounts.backward_computed()
         self._backward = None
         self._unreduced = False
         joined = announcements_of(self.world)
@@ -281,30 +270,21 @@ class Reducer:
 
     def _settle_unused(self) -> None:
         absent = self.scheduler.absent
-        knows = self._unused.here is not None  # then nothing else may be missing
-        self._unused.settle(absent if self._takes_part else None, self._control)
+        knows = self.unused.here is not None  # then nothing else may be missing
+        self.unused.settle(absent if self._takes_part else None, self._control)
         if not knows:
             self.scheduler.contribute_nothing(absent, self._start)
 
     def wait(self) -> None:
         """Wait for everything that the last backward left in flight."""
         self.scheduler.wait()
-        self._unused.restore()
+        self.unused.restore()
         self.wait_for_buffers()
 
     def wait_for_buffers(self) -> None:
         """Wait for the model's buffers alone."""
         if self._buffers is not None:
             self._buffers.finish()
-
-    def nudge(self) -> None:
-        """Help the exchange on, from within a forward."""
-        self._engine.nudge()
-
-    @property
-    def untouched(self) -> Sequence[int]:
-        """Parameters that no rank used in the last backward: they have no gradient."""
-        return self._unused.untouched
 
     def count(self) -> Stats:
         """What the exchange has cost so far."""
@@ -318,17 +298,10 @@ class Reducer:
             self._plan_ahead(*following)
         every = self._options.check_replicas_every
         if every and self.accounts.stats.backwards % every == 0:
-            self._check_replicas()
-
-    def _check_replicas(self) -> None:
-        if self.deferral is not None:
-            self.deferral.synchronize()
-        named = dict(zip([*self.names, *self.sparse.names], self.trained, strict=True))
-        refuse_difference(named, self._control.gather_json)
-
-    def use_hook(self, state: Any, hook: CommHook) -> None:
-        """``hook(state, bucket)`` takes the place of the all-reduce."""
-        self.reductions.hook = hook_for_buckets(state, hook, self.names, self.reductions.all_reduce)
+            if self.deferral is not None:
+                self.deferral.synchronize()
+            named = dict(zip([*self.names, *self.sparse.names], self.trained, strict=True))
+            refuse_difference(named, self._control.gather_json)
 
     @property
     def holds_unreduced(self) -> bool:

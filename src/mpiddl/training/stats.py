@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from mpiddl.buckets.bucket import Bucket
 from mpiddl.overlap.scheduler import Scheduler
 
 __all__ = ["Accounts", "BucketStats", "Stats"]
@@ -76,15 +78,22 @@ class Accounts:
     def _backward_began(self, _gradients: Any) -> None:
         self._since = time.perf_counter(), self.stats.exposed_seconds
 
-    def backward_computed(self, nbytes: int) -> None:
-        """Backward has nothing more to compute; it has ``nbytes`` of gradients to reduce."""
+    def lay_out(self, buckets: Sequence[Bucket], names: Sequence[str]) -> None:
+        """From now on these are the buckets, of parameters with ``names`` in the model's order."""
+        self.stats.buckets = [
+            BucketStats(bucket.buffer.nbytes, [names[member] for member in bucket.members])
+            for bucket in buckets
+        ]
+
+    def backward_computed(self) -> None:
+        """Backward has nothing more to compute; its gradients are reduced."""
         if self._since is not None:
             began, exposed = self._since
             lasted = time.perf_counter() - began
             self.stats.compute_seconds += lasted - (self.stats.exposed_seconds - exposed)
             self._since = None
         self.stats.backwards += 1
-        self.stats.reduced_bytes += nbytes
+        self.stats.reduced_bytes += sum(bucket.nbytes for bucket in self.stats.buckets)
         self._counted = False
 
     def count(self, scheduler: Scheduler) -> None:
