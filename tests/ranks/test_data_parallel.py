@@ -491,7 +491,7 @@ def test_after_a_backward_that_raised_on_all_ranks_training_goes_on(
     world, agree, bucket_size, monkeypatch
 ):
     """With one bucket nothing was in flight, with several the first was."""
-    model = mpiddl.DataParallel(make_model(), bucket_size=bucket_size)
+    model = mpiddl.DataParallel(make_model(), bucket_size=bucket_size, engine="inline")
     inputs, targets = data()
     hidden = FailsOnDemand.apply(model.module[:2](inputs))
     monkeypatch.setattr(FailsOnDemand, "fail", True)
