@@ -16,6 +16,7 @@ from mpiddl.collectives.barrier import barrier
 from mpiddl.collectives.channel import Channel
 from mpiddl.collectives.reduction import Reduction
 from mpiddl.collectives.ring import ring_all_reduce
+from mpiddl.comm.messages import Credits
 from mpiddl.devices.host import HOST
 from mpiddl.overlap.engine import Engine
 
@@ -211,3 +212,53 @@ def test_inference_tensors_in_the_engines_thread(world, agree):
 def test_who_is_crowded(world, agree):
     cores = os.sched_getaffinity(0)  # of every rank of the node: launchers do not bind in tests
     agree(world.layout.crowded == (world.local_size > len(cores)), cores)
+
+
+def test_a_free_credit_goes_to_the_most_urgent(world, agree):
+    """Two collectives want to send more than there are credits; the later one is more urgent."""
+    room, driver = Credits(1), Engine()
+    channel = Channel(world, 0, room=room)
+    posted, sends = [], []
+
+    def sending(name, count):
+        for _ in range(count):
+            yield channel.room_after([Held()])
+            sends.append(Held())
+            room.take(sends[-1])
+            posted.append(name)
+
+    driver.submit(sending("large", 3), world)
+    driver.submit(sending("urgent", 2), world, priority=1)
+    while len(posted) < 5:
+        sends[-1].released = True
+        driver.poll()
+
+    agree(posted == ["large", "urgent", "urgent", "large", "large"], posted)
+
+
+def test_an_urgent_bucket_overtakes_a_large_one_in_the_middle(world, agree, engine):
+    if world.size == 1:
+        pytest.skip("nothing is sent")
+    tags, gate, room = world.tags.keep(2), Held(), Credits(4)
+    large, small = (buffer_of(world.rank, length, torch.float32) for length in (300_000, 300))
+
+    def reducing(tag, buffer, gate=None):
+        channel = Channel(world, tag, room=room)
+        waits = ring_all_reduce(buffer, Reduction("sum"), channel, HOST, CHUNK_BYTES)
+        for turn, wait in enumerate(waits):
+            if turn == 100 and gate is not None:
+                yield gate
+            yield wait
+
+    first = engine.submit(reducing(tags[0], large, gate), world)
+    MPI.COMM_WORLD.Barrier()
+    second = engine.submit(reducing(tags[1], small), world, priority=1)
+    MPI.COMM_WORLD.Barrier()  # both are under way on every rank
+    gate.released = True
+    second.wait()
+    overtaken = not first.complete
+    first.wait()
+
+    agree(overtaken, "the large one was complete first")
+    for buffer in (large, small):
+        agree(torch.equal(buffer, expected("sum", world.size, len(buffer), torch.float32)))

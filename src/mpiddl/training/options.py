@@ -34,6 +34,11 @@ class Options:
     nan_check: str
     check_replicas_every: int
 
+    @property
+    def lets_absent(self) -> bool:
+        """Whether parameters may get no gradient."""
+        return self.find_unused_parameters or self.static_graph
+
 
 def options_from(
     settings: Settings,

@@ -217,8 +217,9 @@ class Reducer:
             self._lay_out()
         self._takes_part = True
         self._collected.clear()
-        self.unused.begin()
-        self.scheduler.contribute_nothing(sorted(self.unused.here or ()), self._start)
+        if self._options.lets_absent:
+            self.unused.begin()
+            self.scheduler.contribute_nothing(sorted(self.unused.here or ()), self._start)
 
     def _start(self, bucket: Bucket) -> Work:
         return self.reductions.start(bucket, None if self.world.size == 1 else self._weight)
@@ -252,7 +253,7 @@ class Reducer:
         for member in self._collected:
             self.scheduler.ready(member, self._start)
         self._collected.clear()
-        if self._options.find_unused_parameters or self._options.static_graph:
+        if self._options.lets_absent:
             self._settle_unused()
         self.scheduler.refuse_absent()
         if self._buffers is not None:

@@ -40,9 +40,11 @@ class Unused:
         self.here: frozenset[int] | None = None
         self.untouched: list[int] = []
         self._nowhere: frozenset[int] = frozenset()
+        self._empty: set[int] = set()  # had no gradient from before, apart from those that get one
 
     def begin(self) -> None:
         """A backward starts."""
+        self._empty = {m for m, p in enumerate(self._parameters) if p.grad is None}
         self.untouched = []
         if self._known:
             self._note_untouched()
@@ -55,19 +57,21 @@ class Unused:
             control: Carries what was used.
         """
         if not self._known:
-            used = torch.zeros(len(self._parameters), dtype=torch.uint8, device="cpu")
+            count = len(self._parameters)
+            said = torch.ones(count + 1, dtype=torch.uint8, device="cpu")
             if absent is not None:
-                used.fill_(1)[list(absent)] = 0
-            control.largest(used)
-            self._nowhere = frozenset(torch.nonzero(used == 0).flatten().tolist())
+                said[count] = 0  # else: what this rank will use is not known yet
+            absent_here = range(count) if absent is None else {*absent, *(self.here or ())}
+            said[[m for m in absent_here if m in self._empty]] = 0
+            control.largest(said)
+            self._nowhere = frozenset(torch.nonzero(said[:count] == 0).flatten().tolist())
             self._note_untouched()
-        if self._static:
-            self._known = True
-            if absent is not None and self.here is None:
-                self.here = frozenset(absent)
+            self._known = self._static and not said[count]
+        if self._static and absent is not None and self.here is None:
+            self.here = frozenset(absent)
 
     def _note_untouched(self) -> None:
-        self.untouched = [m for m in sorted(self._nowhere) if self._parameters[m].grad is None]
+        self.untouched = sorted(self._nowhere & self._empty)
 
     def refuse(self, member: int) -> None:
         """Raise GradientError if ``member``, which has a gradient, had none in the first backward
