@@ -159,8 +159,7 @@ class Reducer:
     # The way of a gradient.
 
     def forward_begins(self) -> None:
-        """Called before each forward that is trained; collective if parameters were frozen or
-        unfrozen since the last."""
+        """A forward that is trained; collective if parameters were frozen or unfrozen before it."""
         if self._roster.changed():
             if self.deferral is not None:
                 self.deferral.synchronize()
