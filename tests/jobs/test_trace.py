@@ -34,14 +34,17 @@ def test_trace_merge_and_plot(start, tmp_path):
     merged = start(None, [*TRACE, "merge", str(folder), "-o", str(run)])
     assert (merged.status, merged.err) == (0, ""), merged.both
     events = json.loads(run.read_text())["traceEvents"]
+    waits = 0
     for rank in (0, 1):
         mine = [event for event in events if event["pid"] == rank]
         spans = [event["name"] for event in mine if event["ph"] == "X"]
-        assert [spans.count(name) for name in ("forward", "backward", "wait")] == [5, 5, 5]
+        assert [spans.count(name) for name in ("forward", "backward")] == [5, 5]
+        waits += spans.count("wait")
         assert spans.count("in flight") == 5 * 3
         chunks = [event["args"]["bytes"] for event in mine if event["name"] == "chunk"]
         assert sum(chunks) >= 5 * 3 * 300 * 301 * 4  # a ring of two sends every byte once
         assert sum(event["name"].startswith("got the gradient") for event in mine) == 5 * 6
+    assert 0 < waits <= 2 * 5 * 3  # the later rank of a bucket may find it complete
     plotted = start(None, [*TRACE, "plot", str(run), "-o", str(picture), "--step", "2:3"])
     assert (plotted.status, plotted.err) == (0, ""), plotted.both
     assert picture.stat().st_size > 10_000
