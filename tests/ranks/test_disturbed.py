@@ -139,6 +139,11 @@ def kept():
     }
 
 
+def more(before, after):
+    """What has grown; something of an earlier test may have gone meanwhile."""
+    return {what: (before[what], after[what]) for what in before if after[what] > before[what]}
+
+
 def test_five_thousand_collectives_leave_nothing(world, agree):
     with world.split(0, key=-world.rank) as group:
         warm_up = mixed(world, group, 500, 1)  # scratch, views and plans that are kept
@@ -148,7 +153,7 @@ def test_five_thousand_collectives_leave_nothing(world, agree):
 
     agree(not problem and not warm_up, problem or warm_up)
     agree(not engine_of(world)._in_flight, "works are in flight")
-    agree(after == before, f"{before} before, {after} after")
+    agree(not more(before, after), more(before, after))
     agree(grown < 8 << 20, f"{grown / 5000:.0f} bytes for each collective")
 
 
@@ -164,7 +169,8 @@ def test_groups_that_reduced_leave_no_shared_memory(world, agree):
     come_and_go(2)
     before = kept()
     come_and_go(10)
-    agree(kept() == before, f"{before} before, {kept()} after")
+    left = more(before, kept())
+    agree(not left, left)
 
 
 @pytest.mark.parametrize("thing", [torch.ones(50_000), numpy.ones(50_000, numpy.float32)])

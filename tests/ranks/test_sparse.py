@@ -40,9 +40,11 @@ def alone(losses, model=None):
 
 def check(agree, world, model, want):
     got = [parameter.grad for parameter in model.parameters()]
-    agree(got[0].is_sparse and got[0].is_coalesced())
+    agree(got[0].is_sparse)
+    agree(got[0].is_coalesced() or world.size == 1)  # one rank's is as autograd left it
     agree(all(torch.allclose(a.to_dense(), b, rtol=1e-12) for a, b in zip(got, want, strict=True)))
-    sums = [got[0].indices().tolist(), got[0].values().tolist()]
+    entries = got[0].coalesce()
+    sums = [entries.indices().tolist(), entries.values().tolist()]
     everyones = mpiddl.gather_json(sums, world=world)
     agree(all(theirs == everyones[0] for theirs in everyones), "bits differ")
 

@@ -8,6 +8,7 @@ import torch
 from mpiddl.buckets.bucket import State
 from mpiddl.buckets.gradients import Gradients, spec_of
 from mpiddl.buckets.plan import plan_buckets
+from mpiddl.errors import GradientError
 
 
 def gradients_of(*parameters, capacity=1 << 20):
@@ -24,28 +25,42 @@ def parameters(*shapes):
     return [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
 
 
-def test_gradients_are_taken_wherever_they_are():
-    fresh, own, added = parameters((2, 3), (2, 3), (2, 3))
+@pytest.mark.parametrize("shape", [(2, 3), (100, 60)])  # brought in with others, and alone
+def test_gradients_are_taken_wherever_they_are(shape):
+    fresh, own, added = parameters(shape, shape, shape)
     gradients = gradients_of(fresh, own, added)
     (bucket,) = gradients.buckets
     for member, parameter in enumerate((fresh, own, added)):
-        parameter.grad = torch.full((2, 3), float(member + 1))
+        parameter.grad = torch.full(shape, float(member + 1))
         assert list(gradients.take(member)) == [bucket]
+    gradients.fill(bucket)
     view = added.grad
     bucket.reset()
     assert bucket.state is State.FILLING
     assert bucket.num_missing == 3
 
-    fresh.grad = torch.full((2, 3), 7.0)  # as after zero_grad(): a tensor of autograd's
+    fresh.grad = torch.full(shape, 7.0)  # as after zero_grad(): a tensor of autograd's
     added.grad += 10  # as in a second backward: in place
     own.grad = own.grad.detach()  # the same memory under another name
     for member in range(3):
         list(gradients.take(member))
+    gradients.fill(bucket)
 
     assert added.grad is view
-    assert bucket.buffer.tolist() == [13.0] * 6 + [2.0] * 6 + [7.0] * 6  # last parameter first
+    length = fresh.numel()  # last parameter first
+    assert bucket.buffer.tolist() == [13.0] * length + [2.0] * length + [7.0] * length
     storage = bucket.buffer.untyped_storage().data_ptr()
     assert all(p.grad.untyped_storage().data_ptr() == storage for p in (fresh, own, added))
+
+
+def test_a_gradient_that_a_hook_takes_away_is_missed():
+    (small,) = parameters((2, 3))
+    gradients = gradients_of(small)
+    small.grad = torch.ones(2, 3)
+    (bucket,) = gradients.take(0)
+    small.grad = None
+    with pytest.raises(GradientError, match="'p0' was set to None"):
+        gradients.fill(bucket)
 
 
 def test_a_large_gradient_comes_piece_by_piece():
@@ -68,12 +83,17 @@ def test_views_have_the_parameters_strides(capacity):
     weight = torch.nn.Parameter(torch.zeros(4, 3, 2, 2).to(memory_format=torch.channels_last))
     transposed = torch.nn.Parameter(torch.zeros(5, 2).t())
     gradients = gradients_of(weight, transposed, capacity=capacity)
-    for member, parameter in enumerate((weight, transposed)):
-        for given in (torch.rand(parameter.shape), torch.rand_like(parameter.detach())):
-            parameter.grad = given.clone()
+    for make in (torch.rand, torch.rand_like):  # contiguous, and as the parameter is
+        given = [make(p.shape) if make is torch.rand else make(p) for p in (weight, transposed)]
+        for parameter, gradient in zip((weight, transposed), given, strict=True):
+            parameter.grad = gradient.detach().clone()
+        for member in (0, 1):
             list(gradients.take(member))
+        for bucket in gradients.buckets:
+            gradients.fill(bucket)
+        for parameter, gradient in zip((weight, transposed), given, strict=True):
             assert parameter.grad.stride() == parameter.stride()
-            assert torch.equal(parameter.grad, given)
+            assert torch.equal(parameter.grad, gradient)
 
 
 def test_nothing_counts_as_zero():
@@ -83,6 +103,7 @@ def test_nothing_counts_as_zero():
 
     for member in (0, 1):
         list(gradients.take_nothing(member))
+    gradients.fill(gradients.buckets[0])
 
     assert gradients.buckets[0].buffer.tolist() == [4.0, 5.0, 0.0, 0.0, 0.0]
 
@@ -91,7 +112,10 @@ def test_gradients_outlive_the_layout():
     first, second = parameters(3, 2)
     gradients = gradients_of(first, second)
     first.grad = torch.tensor([1.0, 2.0, 3.0])
-    list(gradients.take(0))
+    list(gradients.take_nothing(0))
+    list(gradients.take_nothing(1))
+    gradients.fill(gradients.buckets[0])
+    second.grad = None
     gradients.release()
     gradients.buckets[0].buffer.zero_()
 

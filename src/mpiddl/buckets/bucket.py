@@ -26,16 +26,18 @@ class Bucket:
         number: In plan order.
         buffer: The gradients' memory.
         members: Parameters (their places in the model) whose gradients are in it.
+        together: Those of them that are brought in when the last gradient is here.
         num_missing: How many of their gradients are not here yet.
         state: What has become of it in this step.
     """
 
-    __slots__ = ("buffer", "members", "num_missing", "number", "state")
+    __slots__ = ("buffer", "members", "num_missing", "number", "state", "together")
 
     def __init__(self, number: int, planned: PlannedBucket, buffer: Buffer) -> None:
         self.number = number
         self.buffer = buffer
         self.members = planned.members
+        self.together: list[int] = []
         self.reset()
 
     def reset(self) -> None:

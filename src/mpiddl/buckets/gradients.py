@@ -10,8 +10,12 @@ from mpiddl.buckets.bucket import Bucket
 from mpiddl.buckets.plan import BucketPlan, ParameterSpec
 from mpiddl.comm.world import World
 from mpiddl.devices.base import Buffer, Device
+from mpiddl.errors import GradientError
 
 __all__ = ["Gradients", "arenas_for", "spec_of"]
+
+SMALL_BYTES = 16 << 10
+"""To copy a gradient up to this size takes less than to call for a copy."""
 
 
 def spec_of(name: str, parameter: torch.Tensor) -> ParameterSpec:
@@ -54,6 +58,7 @@ class Gradients:
         parameters: Sequence[torch.nn.Parameter],
         arenas: Mapping[str, Buffer],
     ) -> None:
+        self._plan = plan
         self._parameters = parameters
         self.buckets = [
             Bucket(number, planned, arenas[planned.dtype][planned.start : planned.stop])
@@ -71,6 +76,12 @@ class Gradients:
                 piece = slice(max(planned.start - offset, 0), min(planned.stop - offset, length))
                 self._pieces[member].append(piece)
                 self._buckets_of[member].append(bucket)
+        self._is_small = [
+            len(pieces) == 1 and view.nbytes <= SMALL_BYTES
+            for pieces, view in zip(self._pieces, self.views, strict=True)
+        ]
+        for bucket in self.buckets:
+            bucket.together = [member for member in bucket.members if self._is_small[member]]
 
     def buckets_of(self, member: int) -> Sequence[Bucket]:
         """Those that a parameter's gradient is in."""
@@ -82,8 +93,11 @@ class Gradients:
         Autograd leaves the gradient in one of three places: in the view itself, which it added
         to; in a tensor of its own, where ``grad`` was None; or in whatever tensor the user
         had put there. The copy is made while the gradient is hot in the cache, and a large one
-        goes piece by piece, so that a piece is reduced while it is hot too.
+        goes piece by piece, so that a piece is reduced while it is hot too. Small ones wait for
+        ``fill``.
         """
+        if self._is_small[member]:
+            return self._buckets_of[member]
         parameter, view = self._parameters[member], self.views[member]
         gradient = parameter.grad
         if gradient is not view:
@@ -103,6 +117,32 @@ class Gradients:
             target[piece].copy_(source[piece])
             yield bucket
         self._parameters[member].grad = view
+
+    def fill(self, bucket: Bucket) -> None:
+        """Bring the small gradients of a bucket in, all of which are here.
+
+        Raises:
+            GradientError: One was taken away since it was announced.
+        """
+        targets, sources, owners = [], [], []
+        for member in bucket.together:
+            parameter, view = self._parameters[member], self.views[member]
+            gradient = parameter.grad
+            if gradient is view:
+                continue
+            if gradient is None:
+                raise GradientError(
+                    f"the gradient of {self._plan.parameters[member].name!r} was set to None "
+                    "during backward, by a hook: gradients belong to the exchange until backward "
+                    "is over"
+                )
+            targets.append(view)
+            sources.append(gradient.detach() if gradient.requires_grad else gradient)
+            owners.append(parameter)
+        if targets:
+            torch._foreach_copy_(targets, sources)
+        for parameter, view in zip(owners, targets, strict=True):
+            parameter.grad = view
 
     def take_nothing(self, member: int) -> Sequence[Bucket] | Iterator[Bucket]:
         """No gradient came: what is in ``grad`` already stays, and None counts as zero."""

@@ -32,6 +32,7 @@ class Scheduler:
         model: Number of the model, in events.
         ordered: Start strictly in plan order, for algorithms that a library runs.
         engine: Drives what was started.
+        holds_back: Start nothing before the end of backward.
         backwards: Of this model before this layout.
 
     Attributes:
@@ -48,6 +49,7 @@ class Scheduler:
         model: int,
         ordered: bool,
         engine: Engine,
+        holds_back: bool = False,
         backwards: int = 0,
     ) -> None:
         self.backwards = backwards
@@ -59,6 +61,8 @@ class Scheduler:
         self._engine = engine
         self._started = 0  # with ordered: buckets started so far
         self._came = [False] * len(names)
+        self._holds_back = holds_back
+        self._held: list[int] = []  # ready, and not taken in before the end of backward
         self.arrived: list[int] = []
         self.works: list[Work | None] = [None] * len(self._buckets)
         self.exposed = [0.0] * len(self._buckets)
@@ -81,7 +85,7 @@ class Scheduler:
                 "the job"
             )
         self.works, self._started = [None] * len(self._buckets), 0
-        self._came, self.arrived = [False] * len(self._came), []
+        self._came, self.arrived, self._held = [False] * len(self._came), [], []
         for bucket in self._buckets:
             bucket.reset()
         self.backwards += 1
@@ -99,23 +103,35 @@ class Scheduler:
                 "(reentrant checkpointing? an earlier backward that raised?): it may be in flight "
                 "already"
             )
+        self._came[member] = True
         self.arrived.append(member)
         if recorder.tracing:
             record(Kind.GRADIENT, self._model, member)
+        if self._holds_back:
+            self._held.append(member)
+            return
         self._launch(member, self._gradients.take(member), start)
         self._engine.nudge()
+
+    def no_more(self, start: Start) -> None:
+        """Backward is over on this rank: start what was held back."""
+        held, self._held = self._held, []
+        for member in held:
+            self._launch(member, self._gradients.take(member), start)
+            self._engine.nudge()
 
     def contribute_nothing(self, members: Iterable[int], start: Start) -> None:
         """This rank has no gradients for ``members``: take part in their buckets all the same."""
         for member in members:
+            self._came[member] = True
             self._launch(member, self._gradients.take_nothing(member), start)
 
     def _launch(self, member: int, buckets: Iterable[Bucket], start: Start) -> None:
-        self._came[member] = True
         for bucket in buckets:
             bucket.num_missing -= 1
             if bucket.num_missing:
                 continue
+            self._gradients.fill(bucket)
             bucket.state = State.READY
             record(Kind.READY, self._model, bucket.number, member)
             if not self._ordered:

@@ -89,7 +89,6 @@ class Reducer:
         self._weight = 1 / world.size  # of this rank in the sum of the backward that runs
         self._takes_part = True  # in the backward that runs
         self._unreduced = False
-        self._collected: list[int] = []  # ready, and not taken in before the end of backward
         self._options = options
         self.engine = engine_of(world)
         self._control = Control(world)
@@ -143,7 +142,6 @@ class Reducer:
         (self.plan, choice), self._next = self._next, None
         self.gradients = Gradients(self.plan, self.parameters, self._arenas)
         self.reductions.threaded = choice.engine == "thread"
-        self._waits_for_end = choice.engine == "after"
         self.reductions.fit(self.gradients.buckets)
         self.scheduler = Scheduler(
             self.gradients,
@@ -151,6 +149,7 @@ class Reducer:
             self.number,
             self.reductions.ordered,
             self.engine,
+            choice.engine == "after",
             self.scheduler.backwards if hasattr(self, "scheduler") else 0,
         )
         self.accounts.lay_out(self.gradients.buckets, self.names)
@@ -183,9 +182,7 @@ class Reducer:
             self._backward = backward
             # Autograd calls back once, after all gradients of this backward.
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
-        if dense and self._waits_for_end:
-            self._collected.append(member)
-        elif dense:
+        if dense:
             self.scheduler.ready(member, self._start)
         self.accounts.stats.exposed_seconds += time.perf_counter() - started
 
@@ -215,7 +212,6 @@ class Reducer:
             self.gradients.release()
             self._lay_out()
         self._takes_part = True
-        self._collected.clear()
         if self._options.lets_absent:
             self.unused.begin()
             self.scheduler.contribute_nothing(sorted(self.unused.here or ()), self._start)
@@ -249,9 +245,7 @@ class Reducer:
         self._backward = None
         self._unreduced = False
         joined = announcements_of(self.world)
-        for member in self._collected:
-            self.scheduler.ready(member, self._start)
-        self._collected.clear()
+        self.scheduler.no_more(self._start)
         if self._options.lets_absent:
             self._settle_unused()
         self.scheduler.refuse_absent()
