@@ -129,19 +129,21 @@ class Scheduler:
     def _launch(self, member: int, buckets: Iterable[Bucket], start: Start) -> None:
         for bucket in buckets:
             bucket.num_missing -= 1
-            if bucket.num_missing:
-                continue
-            self._gradients.fill(bucket)
-            bucket.state = State.READY
-            record(Kind.READY, self._model, bucket.number, member)
-            if not self._ordered:
-                self._start(bucket, start)
-                continue
-            while self._started < len(self._buckets):
-                if self._buckets[self._started].state is not State.READY:
-                    break
-                self._start(self._buckets[self._started], start)
-                self._started += 1
+            if not bucket.num_missing:
+                self._filled(bucket, member, start)
+
+    def _filled(self, bucket: Bucket, member: int, start: Start) -> None:
+        self._gradients.fill(bucket)
+        bucket.state = State.READY
+        record(Kind.READY, self._model, bucket.number, member)
+        if not self._ordered:
+            self._start(bucket, start)
+            return
+        while self._started < len(self._buckets):
+            if self._buckets[self._started].state is not State.READY:
+                break
+            self._start(self._buckets[self._started], start)
+            self._started += 1
 
     def _start(self, bucket: Bucket, start: Start) -> None:
         bucket.state = State.IN_FLIGHT

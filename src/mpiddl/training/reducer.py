@@ -113,6 +113,7 @@ class Reducer:
         dense = [(name, parameter) for name, parameter in named if id(parameter) not in others]
         self.names = [name for name, _ in dense]
         self.parameters = [parameter for _, parameter in dense]
+        self._num_dense = len(dense)
         sparse = [(name, parameter) for name, parameter in named if id(parameter) in others]
         self.sparse = SparseGradients([n for n, _ in sparse], [p for _, p in sparse])
         specs = [spec_of(name, parameter) for name, parameter in dense]
@@ -172,7 +173,7 @@ class Reducer:
         started = time.perf_counter()
         gradient = parameter.grad
         assert gradient is not None
-        dense = member < len(self.parameters)
+        dense = member < self._num_dense
         if gradient.is_sparse is dense or self._looks:
             self._look_at(member, gradient)
         backward = _number_of_backward()
@@ -188,7 +189,7 @@ class Reducer:
 
     def _look_at(self, member: int, gradient: torch.Tensor) -> None:
         """Raise GradientError for one that must not be reduced."""
-        dense = member < len(self.parameters)
+        dense = member < self._num_dense
         if dense and gradient.is_sparse:
             raise GradientError(
                 f"the gradient of {self.names[member]!r} is sparse, but it is not the weight of a "
@@ -196,7 +197,7 @@ class Reducer:
                 "wrapped. Set sparse before wrapping, or use sparse=False"
             )
         if not dense:
-            self.sparse.refuse(member - len(self.parameters))
+            self.sparse.refuse(member - self._num_dense)
         if self._options.nan_check != "off":
             name = [*self.names, *self.sparse.names][member]
             check_finite(self._options.nan_check, name, gradient, self.world)
