@@ -50,9 +50,7 @@ _WORDS = {
     Kind.WAIT_END: "waited long enough for {bucket}",
     Kind.CHUNK: "sent {nbytes} of tag {subject}",
     Kind.PLAN: "planned {subject} buckets, {nbytes}",
-    Kind.CALL_BEGIN: "began a collective",
-    Kind.CALL_END: "ended a collective",
-    Kind.STEP: "stepped the optimizer on {bucket}",
+    Kind.STEP: "updated the parameters that were complete with {bucket}",
 }
 
 

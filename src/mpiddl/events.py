@@ -48,9 +48,7 @@ class Kind(enum.IntEnum):
     WAIT_END = 10
     CHUNK = 11  # a chunk was handed to the network [bucket's tag, bytes]; while tracing only
     PLAN = 12  # buckets were planned [number of buckets, bytes]
-    CALL_BEGIN = 13  # a collective that the user called, or one of mpiddl's own small ones
-    CALL_END = 14
-    STEP = 15  # the optimizer stepped [bucket, or -1 for all]
+    STEP = 13  # an OverlappedOptimizer updated the parameters that were complete with [bucket]
 
 
 class Event(NamedTuple):

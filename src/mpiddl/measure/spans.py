@@ -17,7 +17,7 @@ class Span:
     """Something that lasted.
 
     Attributes:
-        name: forward, backward, wait, call; of a bucket: filling, ready, in flight.
+        name: forward, backward, wait; of a bucket: filling, ready, in flight.
         rank: Whose.
         begin: Nanoseconds.
         end: Nanoseconds.
@@ -58,7 +58,6 @@ _MAIN = {
     Kind.FORWARD_BEGIN: "forward",
     Kind.BACKWARD_BEGIN: "backward",
     Kind.WAIT_BEGIN: "wait",
-    Kind.CALL_BEGIN: "call",
 }
 _STATES = {Kind.READY: "ready", Kind.IN_FLIGHT: "in flight"}
 
@@ -199,7 +198,7 @@ def steps_of(spans: Iterable[Span]) -> list[Step]:
     steps: dict[tuple[int, int, int], Step] = {}
     cut = set()
     for span in spans:
-        if span.step is None or span.name in ("filling", "ready", "call"):
+        if span.step is None or span.name in ("filling", "ready"):
             continue
         key = (span.model, span.step, span.rank)
         step = steps.setdefault(key, Step(span.rank, span.model, span.step))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mpiddl.events import Kind, record
 from mpiddl.training.data_parallel import DataParallel
 from mpiddl.training.first_use import first_uses
 from mpiddl.training.own_hooks import OwnHook
@@ -201,6 +202,8 @@ class OverlappedOptimizer(torch.optim.Optimizer):
 
     def _step(self, unit: int) -> None:
         self._step_on(self._units.groups[unit])
+        last = max(bucket.number for bucket in self._units.buckets[unit])
+        record(Kind.STEP, self._reducer.number, last)
         self._unstepped.discard(unit)
         if self._zeroes is not None:
             _clear(self._units.parameters[unit], self._zeroes)
