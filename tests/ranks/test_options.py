@@ -112,7 +112,7 @@ def test_what_is_measured_is_the_same_on_all_ranks(world, agree, options):
         if step % 4 == 0:
             wrong.append(problem(model, mean_gradients(world.size, step)))
         reducer = model.reducer
-        seen.add((reducer.reductions.threaded, reducer._waits_for_end))
+        seen.add((reducer.reductions.threaded, reducer.scheduler._holds_back))
 
     agree(not any(wrong), wrong)
     measured = model.reducer._plans._calibration

@@ -29,7 +29,8 @@ class Channel:
         tag: From ``world.tags``.
         native: For algorithms that the MPI library runs; default the world's own.
         lane: For algorithms that go through shared memory.
-        room: For messages beyond the first that is outstanding; default without a bound.
+        room: For messages beyond the first; default without a bound.
+        urgency: Of the collective, among those that share the room.
 
     Attributes:
         layout: Which of the world's ranks are on which node.
@@ -38,6 +39,7 @@ class Channel:
     __slots__ = (
         "_ranks",
         "_room",
+        "_urgency",
         "lane",
         "layout",
         "messages",
@@ -54,9 +56,11 @@ class Channel:
         native: Native | None = None,
         lane: Lane | None = None,
         room: Credits | None = None,
+        urgency: int = 0,
     ) -> None:
         self.native = native or world.native
         self._room = room
+        self._urgency = urgency
         self.lane = lane
         self.layout = world.layout
         self.messages: Messages = world.messages
@@ -87,7 +91,7 @@ class Channel:
         """
         if self._room is None or not outstanding:
             return ALREADY
-        return _Room(self._room, outstanding)
+        return _Room(self._room, self._urgency, outstanding)
 
     def send_after(self, outstanding: Sequence[Wait], buffer: Buffer, peer: int) -> Wait:
         """As ``send``; counts for ``room_after`` unless it is the only one outstanding."""
@@ -104,14 +108,17 @@ class Channel:
 class _Room:
     """Done when there is a credit, or none is needed."""
 
-    __slots__ = ("_outstanding", "_room")
+    __slots__ = ("_outstanding", "_room", "_urgency")
 
-    def __init__(self, room: Credits, outstanding: Sequence[Wait]) -> None:
+    def __init__(self, room: Credits, urgency: int, outstanding: Sequence[Wait]) -> None:
         self._room = room
+        self._urgency = urgency
         self._outstanding = outstanding
 
     def done(self) -> bool:
-        return self._room.left or all(send.done() for send in self._outstanding)
+        if self._room.left:
+            return True
+        return self._urgency >= self._room.first and all(send.done() for send in self._outstanding)
 
 
 def bytes_of(tensor: torch.Tensor) -> Buffer:

@@ -99,10 +99,11 @@ def plot_timeline(path: Path, steps: Sequence[Step]) -> None:
 
 
 def _draw_rank(axes: Axes, steps: Sequence[Step], start: int, lanes: int) -> None:
+    # Waits happen inside backward, or inside the next forward: drawn last, they lie on top.
+    main = [span for step in steps for span in step.main]
+    for span in sorted(main, key=lambda span: span.name == "wait"):
+        _bar(axes, span, start, (0, 1.6))
     for step in steps:
-        # Waits happen inside backward or forward: drawn last, they lie on top.
-        for span in sorted(step.main, key=lambda span: span.name == "wait"):
-            _bar(axes, span, start, (0, 1.6))
         _bar(axes, _before_the_first_gradient(step), start, (0, 1.6))
         for span in step.buckets:
             lane = (span.bucket or 0) % lanes

@@ -21,9 +21,9 @@ from mpiddl.waits import Waits
 
 __all__ = ["BucketReductions"]
 
-FURTHER_SENDS = 8
-"""Messages in flight beyond one for each bucket: enough to keep a link busy, and few enough for an
-urgent bucket to overtake a large one in the middle."""
+FURTHER_SENDS = 4
+"""Messages in flight beyond the first of each bucket: enough to keep a link busy, and few enough
+for an urgent bucket to overtake a large one in the middle."""
 
 Hook = Callable[[Bucket, float], Waits[None]]
 """What a user does with a bucket in place of its all-reduce, and this rank's weight."""
@@ -83,8 +83,8 @@ class BucketReductions:
         ]
         self.ordered = any(chosen.algorithm.ordered for chosen in self._chosen)
         self._channels = [
-            Channel(self.world, tag, self._native, lane, self._credits)
-            for tag, lane in zip(self._tags, self._lanes, strict=True)
+            Channel(self.world, tag, self._native, lane, self._credits, number)
+            for number, (tag, lane) in enumerate(zip(self._tags, self._lanes, strict=True))
         ]
 
     def start(self, bucket: Bucket, weight: float | None) -> Work:
@@ -97,12 +97,20 @@ class BucketReductions:
         # The parameters that backward reaches last are those that the next forward needs first. But
         # what a library runs must begin in the order in which it was submitted.
         return self._engine.submit(
-            waits,
+            self._in_line(bucket.number, waits),
             self.world,
             priority=0 if self.ordered else bucket.number,
             threaded=self.threaded,
             label=Label(self._model, bucket.number, bucket.buffer.nbytes),
         )
+
+    def _in_line(self, number: int, waits: Waits[None]) -> Waits[None]:
+        """While ``waits`` runs, buckets of lower numbers stand back."""
+        self._credits.enter(number)
+        try:
+            yield from waits
+        finally:
+            self._credits.leave(number)
 
     def all_reduce(
         self, number: int, buffer: Buffer, weight: float | None, algorithm: str | None = None
