@@ -164,6 +164,46 @@ def test_clipping_after_waiting_is_right(world, agree):
     agree(same(*results))
 
 
+def test_steps_may_be_left_out(world, agree):
+    """Gradients that were looked at and dropped are gone, as in the plain loop."""
+    results = []
+    for overlaps in (False, True):
+        model = mpiddl.DataParallel(make("mlp"), bucket_size=300, engine="inline")
+        if overlaps:
+            stepper = mpiddl.OverlappedOptimizer(torch.optim.SGD, model, lr=0.5)
+        else:
+            stepper = torch.optim.SGD(model.parameters(), lr=0.5)
+        for step in range(STEPS):
+            stepper.zero_grad(set_to_none=step % 4 != 3)
+            model(batch("mlp", world, step)).square().mean().backward()
+            if overlaps and step % 2:
+                stepper.wait_for_gradients()
+            if step % 3:
+                stepper.step()
+        results.append(model)
+    agree(same(*results))
+
+
+def test_in_join(world, agree):
+    """Rank r has r+2 batches; what the last rank still owes at the end is on all."""
+    results = []
+    for overlaps in (False, True):
+        model = mpiddl.DataParallel(make("mlp"), bucket_size=300, engine="after")
+        if overlaps:
+            stepper = mpiddl.OverlappedOptimizer(torch.optim.Adam, model, lr=0.01)
+        else:
+            stepper = torch.optim.Adam(model.parameters(), lr=0.01)
+        for epoch in range(2):
+            with mpiddl.join(model, optimizers=[stepper]):
+                for step in range(world.rank + 2):
+                    stepper.zero_grad()
+                    model(batch("mlp", world, step + 9 * epoch)).square().mean().backward()
+                    stepper.step()
+            mpiddl.replicas.check(model)
+        results.append(model)
+    agree(same(*results))
+
+
 def test_accumulation_and_evaluation_in_between(world, agree):
     results = []
     for overlaps in (False, True):

@@ -70,7 +70,8 @@ def join(
         _shadow(announcements)
     finally:
         del current[world]
-    _make_equal(announcements, models, optimizers)
+    wrapped = [model for model in models if isinstance(model, DataParallel)]  # they all are
+    _make_equal(announcements, wrapped, optimizers)
 
 
 def _world_of(models: Sequence[torch.nn.Module]) -> World:
@@ -129,11 +130,12 @@ def _shadow(announcements: Announcements) -> None:
 
 def _make_equal(
     announcements: Announcements,
-    models: Sequence[torch.nn.Module],
+    models: Sequence[DataParallel],
     optimizers: Sequence[Stateful],
 ) -> None:
     """What a rank that left last has, on every rank."""
     for model in models:
+        model.synchronize()  # what an OverlappedOptimizer still owes
         broadcast_state(model, announcements.world, announcements.root)
     for optimizer in optimizers:
         broadcast_plain_state(optimizer, announcements.world, announcements.root)

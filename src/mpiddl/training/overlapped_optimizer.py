@@ -133,7 +133,9 @@ class OverlappedOptimizer(torch.optim.Optimizer):
             self.optimizer.zero_grad(set_to_none)
             return
         self._zeroes = set_to_none
-        waiting = {id(p) for unit in self._unstepped for p in self._units.parameters[unit]}
+        # What was waited for and is not to be stepped has nothing to wait for.
+        units = self._pending if self._due is None else self._unstepped
+        waiting = {id(p) for unit in units for p in self._units.parameters[unit]}
         for group in self.optimizer.param_groups:
             _clear((p for p in group["params"] if id(p) not in waiting), set_to_none)
 
@@ -280,5 +282,6 @@ def _clear(parameters: Iterable[torch.nn.Parameter], set_to_none: bool) -> None:
         if set_to_none or parameter.grad is None:
             parameter.grad = None
         else:
-            parameter.grad.detach_()
+            if parameter.grad.requires_grad:  # made with create_graph
+                parameter.grad = parameter.grad.detach()
             parameter.grad.zero_()
