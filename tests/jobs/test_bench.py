@@ -87,7 +87,8 @@ def test_every_collective_and_algorithm_is_right(start, tmp_path, collective, dt
         (["broadcast", "--algorithms", "ring"], "no algorithm 'ring' for broadcast"),
         (["all-reduce", "--algorithms", "horovod"], "horovod beside rank 0: it is not installed"),
         (["all-reduce", "--json", "/nowhere/a.json"], "there is no folder /nowhere"),
-        (["all-reduce", "--plot", "/proc"], "/proc cannot be written: it is a folder"),
+        (["all-reduce", "--json", "/proc"], "/proc cannot be written: it is a folder"),
+        (["all-reduce", "--plot", "a.foo"], "a.foo cannot be drawn: its name must end in .png"),
         (
             ["all-reduce", "--algorithms", "ring", "--min-busbw", "0.1"],
             "--min-busbw judges auto, which was not measured",

@@ -184,6 +184,31 @@ def test_steps_may_be_left_out(world, agree):
     agree(same(*results))
 
 
+@pytest.mark.parametrize("compiled", ["torch.compile", "in place", "a part in place"])
+def test_compiled_models(world, agree, compiled):
+    """They are waited for as a whole, and come out the same."""
+    results = []
+    for overlaps in (False, True):
+        inner = make("mlp")
+        if compiled == "torch.compile":
+            module = torch.compile(inner, backend="aot_eager")
+        else:
+            module = inner
+            (inner if compiled == "in place" else inner[2]).compile(backend="aot_eager")
+        model = mpiddl.DataParallel(module, bucket_size=300, engine="after")
+        if overlaps:
+            stepper = mpiddl.OverlappedOptimizer(torch.optim.SGD, model, lr=0.1, momentum=0.9)
+        else:
+            stepper = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        for step in range(4):
+            stepper.zero_grad()
+            model(batch("mlp", world, step)).square().mean().backward()
+            stepper.step()
+        model.synchronize()
+        results.append(model)
+    agree(same(*results))
+
+
 def test_in_join(world, agree):
     """Rank r has r+2 batches; what the last rank still owes at the end is on all."""
     results = []

@@ -29,8 +29,8 @@ MEASURING_STEPS = 30
 
 def _check_bytes(text: str | None) -> str | None:
     try:
-        if text is not None:
-            parse_bytes(text)
+        if text is not None and parse_bytes(text) < 1:
+            raise ValueError(f"{text!r} is not positive")
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     return text

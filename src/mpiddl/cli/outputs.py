@@ -10,6 +10,8 @@ from mpiddl.errors import OutputError
 
 __all__ = ["refuse_files", "write_files"]
 
+PICTURES = (".png", ".pdf", ".svg")
+
 
 def refuse_files(*paths: Path | None, plot: Path | None) -> None:
     """Before anything is measured, not after. Only rank 0 writes: its node alone counts.
@@ -27,6 +29,8 @@ def refuse_files(*paths: Path | None, plot: Path | None) -> None:
             problem = f"{path} cannot be written: it is a folder"
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
         problem = "--plot needs matplotlib: pip install 'mpiddl[plots]'"
+    if plot is not None and plot.suffix.lower() not in PICTURES:
+        problem = f"{plot} cannot be drawn: its name must end in {', '.join(PICTURES)}"
     problem = broadcast_json(problem)
     if problem:
         raise OutputError(problem)

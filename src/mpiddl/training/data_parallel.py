@@ -142,6 +142,8 @@ class DataParallel(torch.nn.Module):
         trains = self.training and torch.is_grad_enabled()
         if trains:
             self._forward_begins()
+        elif not torch.compiler.is_compiling():
+            self.synchronize()
         if torch.compiler.is_compiling() or self._reducer is None:
             return self.module(*args, **kwargs)  # what can be measured here is not worth a break
         began = time.perf_counter()

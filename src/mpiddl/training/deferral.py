@@ -14,6 +14,10 @@ class Deferral(Protocol):
         """All buckets are in flight or complete."""
         ...
 
+    def forward_begins(self) -> None:
+        """The wrapped model is about to be called in training."""
+        ...
+
     def synchronize(self) -> None:
         """Wait for all of them, and do what was to be done with them."""
         ...

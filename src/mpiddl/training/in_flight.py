@@ -19,7 +19,8 @@ class InFlight(torch.Tensor):
         raise GradientError(
             "a gradient was used while it is being reduced: with OverlappedOptimizer gradients are "
             "in flight until the next forward. Call optimizer.wait_for_gradients() first (to clip "
-            "them, for GradScaler, or to print them), which gives up the overlap of this step"
+            "them, for GradScaler, or to print them), which gives up the overlap of this step; "
+            "or, where it is torch.compile that looks, compile the model before it is wrapped"
         )
 
 

@@ -65,6 +65,8 @@ def options_from(
     chosen: int | str | None = settings.bucket_size if bucket_size is None else bucket_size
     if isinstance(chosen, str):
         chosen = None if chosen == AUTO else parse_bytes(chosen)
+    if chosen is not None and chosen < 1:
+        raise ValueError(f"bucket_size={bucket_size!r} is not positive; write for example 4MiB")
     return Options(
         bucket_size=chosen,
         algorithm=algorithm or settings.algorithm,

@@ -81,8 +81,10 @@ class OverlappedOptimizer(torch.optim.Optimizer):
         self._root.register_state_dict_pre_hook(  # type: ignore[no-untyped-call]
             OwnHook(lambda *_: self.synchronize())
         )
-        self._root.register_forward_pre_hook(OwnHook(self._root_begins), prepend=True)
-        self._root.register_forward_hook(OwnHook(self._root_ends), always_call=True)
+        self._learns = not any(_is_compiled(module) for module in self._root.modules())
+        if self._root._compiled_call_impl is None:  # else the hooks would be compiled too
+            self._root.register_forward_pre_hook(OwnHook(self._root_begins), prepend=True)
+            self._root.register_forward_hook(OwnHook(self._root_ends), always_call=True)
 
     # What the reducer calls.
 
@@ -96,6 +98,11 @@ class OverlappedOptimizer(torch.optim.Optimizer):
         self._pending = dict.fromkeys(reversed(range(len(self._units.members))))
         self._unstepped = set(self._pending)
         self._zeroes = None
+
+    def forward_begins(self) -> None:
+        """Compiled modules run no hooks, and look at gradients before they do anything else."""
+        if not self._learns:
+            self.synchronize()
 
     # What users call.
 
@@ -234,11 +241,10 @@ class OverlappedOptimizer(torch.optim.Optimizer):
 
     def _root_begins(self, root: torch.nn.Module, _args: object) -> None:
         self._reducer.wait_for_buffers()
-        # Evaluation takes short cuts past modules; compiled modules run no hooks.
         trains = root.training and torch.is_grad_enabled()
-        if not trains or not self._needs or type(root).__name__ == "OptimizedModule":
+        if not trains or not self._needs:  # evaluation takes short cuts past modules
             self.synchronize()
-        if not trains or type(root).__name__ == "OptimizedModule":
+        if not trains or not self._learns:
             return
         if self._needs:
             self._module_begins(root, _args)
@@ -266,6 +272,10 @@ class OverlappedOptimizer(torch.optim.Optimizer):
             if unit is not None and unit in self._pending:
                 self._finish(unit)
         self._reducer.engine.nudge()
+
+
+def _is_compiled(module: torch.nn.Module) -> bool:
+    return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
 
 
 def _copied(group: Group) -> Group:

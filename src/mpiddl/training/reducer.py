@@ -160,6 +160,8 @@ class Reducer:
 
     def forward_begins(self) -> None:
         """A forward that is trained; collective if parameters were frozen or unfrozen before it."""
+        if self.deferral is not None:
+            self.deferral.forward_begins()
         if self._roster.changed():
             if self.deferral is not None:
                 self.deferral.synchronize()
