@@ -256,3 +256,26 @@ def test_an_exception_inside_join_ends_the_job(start):
     assert "rank 1 of 3" in job.err
     assert "KeyError: 'the cause'" in job.err
     assert seconds_to_end(job) < 2
+
+
+def test_a_rank_that_leaves_first_still_does_its_part(start):
+    """Buckets are in flight when all ranks but one are through; that one saves the model."""
+    job = start(
+        2,
+        """
+        import time, torch, mpiddl
+        world = mpiddl.init()
+        layers = [torch.nn.Linear(1024, 1024) for _ in range(4)]
+        model = mpiddl.DataParallel(torch.nn.Sequential(*layers), engine="after")
+        optimizer = mpiddl.OverlappedOptimizer(torch.optim.SGD, model, lr=0.1)
+        def train():
+            model(torch.ones(2, 1024)).sum().backward()
+            optimizer.step()
+        train()
+        if world.rank == 0:
+            time.sleep(1)  # the others are gone, as far as they can be
+            model.state_dict()
+            print("saved", flush=True)
+        """,
+    )
+    assert (job.status, job.out.split()) == (0, ["saved"]), job.both

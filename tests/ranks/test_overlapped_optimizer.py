@@ -209,6 +209,40 @@ def test_compiled_models(world, agree, compiled):
     agree(same(*results))
 
 
+@pytest.mark.parametrize("way", ["load", "load inside", "unwrap"])
+def test_what_is_owed_comes_before_the_model_is_changed(world, agree, way):
+    results = []
+    for overlaps in (False, True):
+        model = mpiddl.DataParallel(make("mlp"), bucket_size=300, engine="after")
+        best = {name: value.clone() for name, value in model.state_dict().items()}
+        if overlaps:
+            stepper = mpiddl.OverlappedOptimizer(torch.optim.SGD, model, lr=0.5)
+        else:
+            stepper = torch.optim.SGD(model.parameters(), lr=0.5)
+        for step in range(3):
+            stepper.zero_grad()
+            model(batch("mlp", world, step)).square().mean().backward()
+            stepper.step()
+        if way == "unwrap":
+            model = mpiddl.DataParallel(model.unwrap())
+        else:
+            (model if way == "load" else model.module).load_state_dict(best)
+        mpiddl.replicas.check(model)
+        results.append(model)
+    agree(same(*results))
+
+
+def test_two_backwards_after_one_another_are_refused(world, agree):
+    model = mpiddl.DataParallel(make("mlp"), bucket_size=300, engine="after")
+    stepper = mpiddl.OverlappedOptimizer(torch.optim.SGD, model, lr=0.5)
+    first, second = (model(batch("mlp", world, step)).square().mean() for step in (0, 1))
+    first.backward()
+    with pytest.raises(GradientError, match="between them"):
+        second.backward()
+    stepper.wait_for_gradients()
+    agree(True)
+
+
 def test_in_join(world, agree):
     """Rank r has r+2 batches; what the last rank still owes at the end is on all."""
     results = []

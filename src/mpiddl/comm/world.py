@@ -161,7 +161,8 @@ class World:
             raise NotInitializedError("this world was closed; call mpiddl.init() again")
 
     def at_close(self, action: Callable[[World], None]) -> None:
-        """Call ``action`` with this world before its communicators go; once, if told twice."""
+        """Call ``action`` with this world before its communicators go, and before all actions that
+        are known already; once, if told twice."""
         self._at_close[action] = None
 
     @waiting()
@@ -170,7 +171,7 @@ class World:
         global _current
         if self._closed:
             return
-        for action in self._at_close:
+        for action in reversed(list(self._at_close)):
             action(self)
         self._closed = True
         self.lane_window = None

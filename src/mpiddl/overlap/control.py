@@ -31,6 +31,7 @@ class Control:
 
     def __init__(self, world: World) -> None:
         self._world = world
+        self.rank = world.rank
         self._engine = engine_of(world)
         self._tags = world.tags.keep(2)
         self._channel, self._background = (Channel(world, tag) for tag in self._tags)

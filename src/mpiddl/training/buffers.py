@@ -28,6 +28,7 @@ class BufferBroadcast:
         self._control = control
         self._work: Work | None = None
         self._targets: list[torch.Tensor] = []
+        self._mine = False
         self._packed = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def start(self, root: int = 0) -> None:
@@ -38,6 +39,7 @@ class BufferBroadcast:
         with torch.no_grad():
             self._packed = torch.cat([bytes_of(gapless(buffer)) for buffer in self._targets])
         self._work = self._control.broadcast(self._packed, root)
+        self._mine = root == self._control.rank
 
     def finish(self) -> None:
         """Wait for them; nothing, if none were started."""
@@ -45,6 +47,8 @@ class BufferBroadcast:
             return
         self._work.wait()
         self._work = None
+        if self._mine:  # and may have changed since
+            return
         sizes = [buffer.numel() * buffer.itemsize for buffer in self._targets]
         with torch.no_grad():
             for target, memory in zip(self._targets, torch.split(self._packed, sizes), strict=True):

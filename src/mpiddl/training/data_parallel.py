@@ -142,8 +142,9 @@ class DataParallel(torch.nn.Module):
         trains = self.training and torch.is_grad_enabled()
         if trains:
             self._forward_begins()
-        elif not torch.compiler.is_compiling():
-            self.synchronize()
+        owes = self._reducer is not None and self._reducer.deferral is not None
+        if owes and (not trains or torch.compiler.is_compiling()):
+            self._settle()  # what is compiled around this runs no hooks that could wait later
         if torch.compiler.is_compiling() or self._reducer is None:
             return self.module(*args, **kwargs)  # what can be measured here is not worth a break
         began = time.perf_counter()
@@ -156,6 +157,10 @@ class DataParallel(torch.nn.Module):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _forward_begins(self) -> None:
         self.reducer.forward_begins()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _settle(self) -> None:
+        self.synchronize()
 
     # What users control.
 
@@ -234,6 +239,8 @@ class DataParallel(torch.nn.Module):
         """Take the hooks off and return the model inside. Collective; the wrapper is of no use
         afterwards, and the model can be wrapped again."""
         if self._reducer is not None:
+            if self._reducer.deferral is not None:
+                self._reducer.deferral.close()
             self._reducer.close()
         return self.module
 
@@ -245,6 +252,7 @@ class DataParallel(torch.nn.Module):
 
     def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         """Into the wrapped model, under its own names; on every rank, or replicas differ."""
+        self.synchronize()
         return self.module.load_state_dict(state_dict, *args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:

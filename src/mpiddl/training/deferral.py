@@ -18,6 +18,10 @@ class Deferral(Protocol):
         """The wrapped model is about to be called in training."""
         ...
 
+    def close(self) -> None:
+        """``synchronize`` for the last time, and leave the model alone from now on."""
+        ...
+
     def synchronize(self) -> None:
         """Wait for all of them, and do what was to be done with them."""
         ...

@@ -8,7 +8,7 @@ import torch
 
 from mpiddl.errors import GradientError
 
-__all__ = ["InFlight", "guard"]
+__all__ = ["InFlight", "guard", "two_backwards"]
 
 
 class InFlight(torch.Tensor):
@@ -27,3 +27,11 @@ class InFlight(torch.Tensor):
 def guard(gradient: torch.Tensor) -> InFlight:
     """``gradient``'s memory under a name that cannot be used."""
     return gradient.as_subclass(InFlight)
+
+
+def two_backwards() -> GradientError:
+    """What to raise when autograd has added to a gradient in flight."""
+    return GradientError(
+        "two backwards after one another, while gradients of the first are in flight: call "
+        "optimizer.wait_for_gradients() between them"
+    )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-from mpiddl.errors import SettingsError
+from mpiddl.errors import MismatchError, SettingsError
+from mpiddl.overlap.control import Control
 from mpiddl.settings import ENGINES, Settings
 from mpiddl.units import parse_bytes
 
-__all__ = ["AUTO", "NAN_CHECKS", "Options", "options_from"]
+__all__ = ["AUTO", "NAN_CHECKS", "Options", "agree_on_options", "options_from"]
 
 AUTO = "auto"
 NAN_CHECKS = ("off", "warn", "error")
@@ -75,3 +76,19 @@ def options_from(
         check_replicas_every=check_replicas_every,
         **flags,
     )
+
+
+def agree_on_options(options: Options, control: Control) -> None:
+    """Stop on every rank if they chose differently: they would wait for each other. Collective.
+
+    Raises:
+        MismatchError: Names the first option that differs.
+    """
+    chosen = control.gather_json(asdict(options))
+    for name, value in chosen[0].items():
+        for rank, theirs in enumerate(chosen):
+            if theirs[name] != value:
+                raise MismatchError(
+                    f"DataParallel({name}=) is {value!r} on rank 0 and {theirs[name]!r} on rank "
+                    f"{rank}; pass the same on every rank"
+                )

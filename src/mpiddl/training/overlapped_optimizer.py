@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
+from mpiddl.comm.failure import at_clean_exit
+from mpiddl.comm.world import World
 from mpiddl.events import Kind, record
 from mpiddl.training.data_parallel import DataParallel
 from mpiddl.training.first_use import first_uses
 from mpiddl.training.own_hooks import OwnHook
-from mpiddl.training.step_units import Group, StepUnits
+from mpiddl.training.step_units import Group, StepUnits, clear, copied
 
 __all__ = ["OverlappedOptimizer"]
 
@@ -78,13 +80,21 @@ class OverlappedOptimizer(torch.optim.Optimizer):
         self._learning: ExitStack | None = None
         self._root = model.module
         model.reducer.deferral = self
-        self._root.register_state_dict_pre_hook(  # type: ignore[no-untyped-call]
-            OwnHook(lambda *_: self.synchronize())
-        )
+        self._hooks = [
+            register(OwnHook(lambda *_: self.synchronize()))  # type: ignore[no-untyped-call]
+            for register in (
+                self._root.register_state_dict_pre_hook,
+                self._root.register_load_state_dict_pre_hook,
+            )
+        ]
         self._learns = not any(_is_compiled(module) for module in self._root.modules())
         if self._root._compiled_call_impl is None:  # else the hooks would be compiled too
-            self._root.register_forward_pre_hook(OwnHook(self._root_begins), prepend=True)
-            self._root.register_forward_hook(OwnHook(self._root_ends), always_call=True)
+            self._hooks += [
+                self._root.register_forward_pre_hook(OwnHook(self._root_begins), prepend=True),
+                self._root.register_forward_hook(OwnHook(self._root_ends), always_call=True),
+            ]
+        self.world = model.world
+        self.world.at_close(_finish_all)
 
     # What the reducer calls.
 
@@ -97,12 +107,20 @@ class OverlappedOptimizer(torch.optim.Optimizer):
         # What the next forward needs first comes first.
         self._pending = dict.fromkeys(reversed(range(len(self._units.members))))
         self._unstepped = set(self._pending)
+        _owing.add(self)
         self._zeroes = None
 
     def forward_begins(self) -> None:
         """Compiled modules run no hooks, and look at gradients before they do anything else."""
         if not self._learns:
             self.synchronize()
+
+    def close(self) -> None:
+        """The model is not exchanged any more."""
+        self.synchronize()
+        self._reducer.deferral = None
+        for hook in self._hooks:
+            hook.remove()
 
     # What users call.
 
@@ -120,7 +138,7 @@ class OverlappedOptimizer(torch.optim.Optimizer):
             pre_hook(self, (), {})
         if self._unstepped:
             groups = self.optimizer.param_groups
-            self._due = [_copied(group) for group in groups]
+            self._due = [copied(group) for group in groups]
             self._changes = [{} for _ in groups]
             self._step_on(self._units.others)
             scheduler = self._reducer.scheduler
@@ -144,12 +162,13 @@ class OverlappedOptimizer(torch.optim.Optimizer):
         units = self._pending if self._due is None else self._unstepped
         waiting = {id(p) for unit in units for p in self._units.parameters[unit]}
         for group in self.optimizer.param_groups:
-            _clear((p for p in group["params"] if id(p) not in waiting), set_to_none)
+            clear((p for p in group["params"] if id(p) not in waiting), set_to_none)
 
     def wait_for_gradients(self) -> None:
         """Wait until all gradients are reduced; afterwards ``param.grad`` can be used."""
         for unit in list(self._pending):
             self._finish(unit)
+        _owing.discard(self)
         self._reducer.wait_for_buffers()
 
     def synchronize(self) -> None:
@@ -207,7 +226,7 @@ class OverlappedOptimizer(torch.optim.Optimizer):
         if self._due is not None:
             self._step(unit)
         elif self._zeroes is not None:
-            _clear(units.parameters[unit], self._zeroes)
+            clear(units.parameters[unit], self._zeroes)
 
     def _step(self, unit: int) -> None:
         self._step_on(self._units.groups[unit])
@@ -215,7 +234,7 @@ class OverlappedOptimizer(torch.optim.Optimizer):
         record(Kind.STEP, self._reducer.number, last)
         self._unstepped.discard(unit)
         if self._zeroes is not None:
-            _clear(self._units.parameters[unit], self._zeroes)
+            clear(self._units.parameters[unit], self._zeroes)
         if not self._unstepped:
             for group, changes in zip(self.optimizer.param_groups, self._changes, strict=True):
                 group.update(changes)
@@ -261,7 +280,8 @@ class OverlappedOptimizer(torch.optim.Optimizer):
         for parameter in root.parameters():
             module = self._found.get(id(parameter), root)
             if module not in self._needs:
-                module.register_forward_pre_hook(OwnHook(self._module_begins))
+                hook = module.register_forward_pre_hook(OwnHook(self._module_begins))
+                self._hooks.append(hook)
             self._needs.setdefault(module, []).append(parameter)
 
     def _module_begins(self, module: torch.nn.Module, _args: object) -> None:
@@ -274,24 +294,18 @@ class OverlappedOptimizer(torch.optim.Optimizer):
         self._reducer.engine.nudge()
 
 
+_owing: set[OverlappedOptimizer] = set()
+"""Those with buckets in flight, which other ranks wait for whatever becomes of them here."""
+
+
+def _finish_all(world: World | None = None) -> None:
+    for optimizer in list(_owing):
+        if world is None or optimizer.world is world:
+            optimizer.synchronize()
+
+
+at_clean_exit(_finish_all)
+
+
 def _is_compiled(module: torch.nn.Module) -> bool:
     return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
-
-
-def _copied(group: Group) -> Group:
-    """What it says now, whatever is written to it later."""
-    return {
-        name: value.clone() if isinstance(value, torch.Tensor) else value
-        for name, value in group.items()
-        if name != "params"
-    }
-
-
-def _clear(parameters: Iterable[torch.nn.Parameter], set_to_none: bool) -> None:
-    for parameter in parameters:
-        if set_to_none or parameter.grad is None:
-            parameter.grad = None
-        else:
-            if parameter.grad.requires_grad:  # made with create_graph
-                parameter.grad = parameter.grad.detach()
-            parameter.grad.zero_()

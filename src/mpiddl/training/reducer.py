@@ -24,7 +24,8 @@ from mpiddl.training.calibration import Choice
 from mpiddl.training.checksums import refuse_difference
 from mpiddl.training.deferral import Deferral
 from mpiddl.training.finite import check_finite
-from mpiddl.training.options import Options
+from mpiddl.training.in_flight import InFlight, two_backwards
+from mpiddl.training.options import Options, agree_on_options
 from mpiddl.training.plans import Plans
 from mpiddl.training.roster import Roster
 from mpiddl.training.shares import weight_of_backward
@@ -92,6 +93,7 @@ class Reducer:
         self._options = options
         self.engine = engine_of(world)
         self._control = Control(world)
+        agree_on_options(options, self._control)
         self.reductions = BucketReductions(world, options.algorithm, self.number)
         self._buffers = (
             BufferBroadcast(module, self._control) if options.broadcast_buffers else None
@@ -175,6 +177,8 @@ class Reducer:
         started = time.perf_counter()
         gradient = parameter.grad
         assert gradient is not None
+        if type(gradient) is InFlight:
+            raise two_backwards()
         dense = member < self._num_dense
         if gradient.is_sparse is dense or self._looks:
             self._look_at(member, gradient)
@@ -245,8 +249,7 @@ class Reducer:
         """The end of a backward of other ranks, or of this one's."""
         started = time.perf_counter()
         self.accounts.backward_computed()
-        self._backward = None
-        self._unreduced = False
+        self._backward, self._unreduced = None, False
         joined = announcements_of(self.world)
         self.scheduler.no_more(self._start)
         if self._options.lets_absent:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+import torch
 
 from mpiddl.training.in_flight import guard
 from mpiddl.training.reducer import Reducer
 
-__all__ = ["Group", "StepUnits"]
+__all__ = ["Group", "StepUnits", "clear", "copied"]
 
 Group = dict[str, Any]
 """Of an optimizer's ``param_groups``."""
@@ -49,3 +51,23 @@ class StepUnits:
             for unit in range(len(self.members))
         ]
         self.others = [[p for p in group["params"] if id(p) not in unit_of] for group in groups]
+
+
+def copied(group: Group) -> Group:
+    """What it says now, whatever is written to it later."""
+    return {
+        name: value.clone() if isinstance(value, torch.Tensor) else value
+        for name, value in group.items()
+        if name != "params"
+    }
+
+
+def clear(parameters: Iterable[torch.nn.Parameter], set_to_none: bool) -> None:
+    """Zero gradients, or make them None."""
+    for parameter in parameters:
+        if set_to_none or parameter.grad is None:
+            parameter.grad = None
+        else:
+            if parameter.grad.requires_grad:  # made with create_graph
+                parameter.grad = parameter.grad.detach()
+            parameter.grad.zero_()
