@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import mpiddl
-from mpiddl.errors import GradientError, ReplicaError
+from mpiddl.errors import GradientError, MismatchError, ReplicaError
 
 FEATURES = 6
 
@@ -188,3 +188,14 @@ def test_stats(world, agree):
     before = model.stats()
     loss_of(model, world.rank).backward()
     agree(before == stats and model.stats().backwards == 4, "stats() hands out what changes")
+
+
+@pytest.mark.parametrize("option", [{"engine": "auto"}, {"find_unused_parameters": True}])
+def test_options_that_differ_are_refused(world, agree, option):
+    if world.size == 1:
+        pytest.skip("one rank cannot differ")
+    mine = {"engine": "inline", **(option if world.rank else {})}
+    (name,) = option
+    with pytest.raises(MismatchError, match=rf"DataParallel\({name}=\).* on rank 1"):
+        mpiddl.DataParallel(Backwards(), **mine)
+    agree(True)

@@ -59,14 +59,17 @@ OPTIMIZERS = {
 }
 
 
+def stepper_of(model, overlaps, optimizer_class, **arguments):
+    if overlaps:
+        return mpiddl.OverlappedOptimizer(optimizer_class, model, **arguments)
+    return optimizer_class(model.parameters(), **arguments)
+
+
 def train(world, kind, optimizer, overlaps, engine="inline", schedule=True, **options):
     """A usual loop; the model and everything in the optimizer at its end."""
     model = mpiddl.DataParallel(make(kind), engine=engine, bucket_size=300, **options)
     optimizer_class, arguments = OPTIMIZERS[optimizer]()
-    if overlaps:
-        stepper = mpiddl.OverlappedOptimizer(optimizer_class, model, **arguments)
-    else:
-        stepper = optimizer_class(model.parameters(), **arguments)
+    stepper = stepper_of(model, overlaps, optimizer_class, **arguments)
     scheduler = torch.optim.lr_scheduler.StepLR(stepper, 2, gamma=0.5) if schedule else None
     for step in range(STEPS):
         stepper.zero_grad()
@@ -107,10 +110,7 @@ def test_the_learning_rate_counts_as_at_the_step(world, agree):
     results = []
     for overlaps in (False, True):
         model = mpiddl.DataParallel(make("mlp"), bucket_size=300, engine="inline")
-        if overlaps:
-            stepper = mpiddl.OverlappedOptimizer(torch.optim.SGD, model, lr=1.0)
-        else:
-            stepper = torch.optim.SGD(model.parameters(), lr=1.0)
+        stepper = stepper_of(model, overlaps, torch.optim.SGD, lr=1.0)
         for step in range(STEPS):
             stepper.zero_grad()
             model(batch("mlp", world, step)).square().mean().backward()
@@ -149,10 +149,7 @@ def test_clipping_after_waiting_is_right(world, agree):
     results = []
     for overlaps in (False, True):
         model = mpiddl.DataParallel(make("mlp"), bucket_size=300, engine="inline")
-        if overlaps:
-            stepper = mpiddl.OverlappedOptimizer(torch.optim.SGD, model, lr=0.5)
-        else:
-            stepper = torch.optim.SGD(model.parameters(), lr=0.5)
+        stepper = stepper_of(model, overlaps, torch.optim.SGD, lr=0.5)
         for step in range(STEPS):
             stepper.zero_grad()
             model(batch("mlp", world, step)).square().mean().backward()
@@ -169,10 +166,7 @@ def test_steps_may_be_left_out(world, agree):
     results = []
     for overlaps in (False, True):
         model = mpiddl.DataParallel(make("mlp"), bucket_size=300, engine="inline")
-        if overlaps:
-            stepper = mpiddl.OverlappedOptimizer(torch.optim.SGD, model, lr=0.5)
-        else:
-            stepper = torch.optim.SGD(model.parameters(), lr=0.5)
+        stepper = stepper_of(model, overlaps, torch.optim.SGD, lr=0.5)
         for step in range(STEPS):
             stepper.zero_grad(set_to_none=step % 4 != 3)
             model(batch("mlp", world, step)).square().mean().backward()
@@ -196,10 +190,7 @@ def test_compiled_models(world, agree, compiled):
             module = inner
             (inner if compiled == "in place" else inner[2]).compile(backend="aot_eager")
         model = mpiddl.DataParallel(module, bucket_size=300, engine="after")
-        if overlaps:
-            stepper = mpiddl.OverlappedOptimizer(torch.optim.SGD, model, lr=0.1, momentum=0.9)
-        else:
-            stepper = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        stepper = stepper_of(model, overlaps, torch.optim.SGD, lr=0.1, momentum=0.9)
         for step in range(4):
             stepper.zero_grad()
             model(batch("mlp", world, step)).square().mean().backward()
@@ -215,10 +206,7 @@ def test_what_is_owed_comes_before_the_model_is_changed(world, agree, way):
     for overlaps in (False, True):
         model = mpiddl.DataParallel(make("mlp"), bucket_size=300, engine="after")
         best = {name: value.clone() for name, value in model.state_dict().items()}
-        if overlaps:
-            stepper = mpiddl.OverlappedOptimizer(torch.optim.SGD, model, lr=0.5)
-        else:
-            stepper = torch.optim.SGD(model.parameters(), lr=0.5)
+        stepper = stepper_of(model, overlaps, torch.optim.SGD, lr=0.5)
         for step in range(3):
             stepper.zero_grad()
             model(batch("mlp", world, step)).square().mean().backward()
@@ -248,10 +236,7 @@ def test_in_join(world, agree):
     results = []
     for overlaps in (False, True):
         model = mpiddl.DataParallel(make("mlp"), bucket_size=300, engine="after")
-        if overlaps:
-            stepper = mpiddl.OverlappedOptimizer(torch.optim.Adam, model, lr=0.01)
-        else:
-            stepper = torch.optim.Adam(model.parameters(), lr=0.01)
+        stepper = stepper_of(model, overlaps, torch.optim.Adam, lr=0.01)
         for epoch in range(2):
             with mpiddl.join(model, optimizers=[stepper]):
                 for step in range(world.rank + 2):
@@ -267,10 +252,7 @@ def test_accumulation_and_evaluation_in_between(world, agree):
     results = []
     for overlaps in (False, True):
         model = mpiddl.DataParallel(make("tied"), bucket_size=300, engine="inline")
-        if overlaps:
-            stepper = mpiddl.OverlappedOptimizer(torch.optim.SGD, model, lr=0.1)
-        else:
-            stepper = torch.optim.SGD(model.parameters(), lr=0.1)
+        stepper = stepper_of(model, overlaps, torch.optim.SGD, lr=0.1)
         outputs = []
         for step in range(STEPS):
             stepper.zero_grad()
@@ -294,10 +276,7 @@ def test_parameters_may_be_frozen_and_unused(world, agree):
     for overlaps in (False, True):
         module = make("mlp")
         model = mpiddl.DataParallel(module, bucket_size=300, find_unused_parameters=True)
-        if overlaps:
-            stepper = mpiddl.OverlappedOptimizer(torch.optim.Adam, model, lr=0.1)
-        else:
-            stepper = torch.optim.Adam(model.parameters(), lr=0.1)
+        stepper = stepper_of(model, overlaps, torch.optim.Adam, lr=0.1)
         for step in range(STEPS):
             module[0].requires_grad_(step % 3 != 1)
             stepper.zero_grad()

@@ -252,7 +252,6 @@ class DataParallel(torch.nn.Module):
 
     def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         """Into the wrapped model, under its own names; on every rank, or replicas differ."""
-        self.synchronize()
         return self.module.load_state_dict(state_dict, *args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:

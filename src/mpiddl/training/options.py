@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from mpiddl.buckets.agreement import who_has_what
 from mpiddl.errors import MismatchError, SettingsError
 from mpiddl.overlap.control import Control
 from mpiddl.settings import ENGINES, Settings
@@ -85,10 +86,9 @@ def agree_on_options(options: Options, control: Control) -> None:
         MismatchError: Names the first option that differs.
     """
     chosen = control.gather_json(asdict(options))
-    for name, value in chosen[0].items():
-        for rank, theirs in enumerate(chosen):
-            if theirs[name] != value:
-                raise MismatchError(
-                    f"DataParallel({name}=) is {value!r} on rank 0 and {theirs[name]!r} on rank "
-                    f"{rank}; pass the same on every rank"
-                )
+    for name in chosen[0]:
+        values = [theirs[name] for theirs in chosen]
+        if any(value != values[0] for value in values):
+            raise MismatchError(
+                f"DataParallel({name}=) is {who_has_what(values)}; pass the same on every rank"
+            )
