@@ -89,6 +89,7 @@ def test_every_collective_and_algorithm_is_right(start, tmp_path, collective, dt
         (["all-reduce", "--json", "/nowhere/a.json"], "there is no folder /nowhere"),
         (["all-reduce", "--json", "/proc"], "/proc cannot be written: it is a folder"),
         (["all-reduce", "--plot", "a.foo"], "a.foo cannot be drawn: its name must end in .png"),
+        (["all-reduce", "--plot", "a.png", "--json", "./a.png"], "a.png was given twice"),
         (
             ["all-reduce", "--algorithms", "ring", "--min-busbw", "0.1"],
             "--min-busbw judges auto, which was not measured",

@@ -49,6 +49,13 @@ def test_trace_merge_and_plot(start, tmp_path):
     assert (plotted.status, plotted.err) == (0, ""), plotted.both
     assert picture.stat().st_size > 10_000
 
+    for flags, words in [
+        (["-o", str(tmp_path / "small")], "small cannot be drawn: its name must end in .png"),
+        (["--step", "1:300000000"], "the trace has no step 6; it has 1 to 5"),
+    ]:
+        refused = start(None, [*TRACE, "plot", str(run), *flags])
+        assert (refused.status, refused.out) == (2, "")
+        assert words in refused.err
     foreign = start(None, [*TRACE, "merge", str(tmp_path)])
     assert (foreign.status, foreign.out) == (2, "")
     assert "holds no recording" in foreign.err
@@ -69,6 +76,9 @@ def test_a_killed_rank_leaves_its_last_events(start, tmp_path):
     assert re.search(r"rank 1 of 2 on \S+: \d+ events", shown.out)
     last = shown.out.rstrip().splitlines()[-1]
     assert last.strip() == "last  ended backward 3"
+    # Nobody reads on: no traceback.
+    piped = start(None, ["sh", "-c", '"$0" "$@" | true', *TRACE, "show", str(folder)])
+    assert (piped.out, piped.err) == ("", "")
 
 
 def test_a_failure_names_the_flight_recorder(start, tmp_path):

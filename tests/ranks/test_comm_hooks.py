@@ -73,6 +73,16 @@ def test_bf16_on_the_wire_is_rounded_twice_at_most(world, agree):
         agree(bool(((got - want).abs() <= size * 2**-7 + 1e-12).all()), number)
 
 
+def test_hooks_that_are_no_generators_are_refused(world, agree):
+    model = mpiddl.DataParallel(make())
+    with pytest.raises(TypeError, match="generator function"):
+        model.register_comm_hook(None, "bf16")
+    model.register_comm_hook(None, lambda state, bucket: torch.futures.Future())
+    with pytest.raises(TypeError, match=r"returned a Future.*yield from"):
+        loss(model, world.rank).backward()
+    agree(True)
+
+
 def test_an_error_in_a_hook_reaches_the_user(world, agree):
     model = mpiddl.DataParallel(make())
 

@@ -267,6 +267,14 @@ def test_what_cannot_be_joined(world, agree):
     group.close()
 
 
+def test_a_schedule_arrives_as_it_was(world, agree):
+    optimizer = torch.optim.SGD(make_model().parameters(), lr=0.02)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 2, 4 + world.rank])
+    broadcast_plain_state(schedule, world, world.size - 1)
+    # Not a dictionary, of whose items there is one each.
+    agree(list(schedule.milestones.elements()) == [2, 2, 3 + world.size], schedule.milestones)
+
+
 class Odd:
     def state_dict(self):
         return {"key": {1}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -293,6 +294,28 @@ def _through(model, part, x):
     """A forward of the wrapper of which only a part counts."""
     model(x)
     return part(x)
+
+
+def test_hooks_of_its_state_and_copies(world, agree):
+    model = mpiddl.DataParallel(make("mlp"))
+    stepper = mpiddl.OverlappedOptimizer(torch.optim.SGD, model, lr=0.1)
+    seen = []
+    stepper.register_state_dict_pre_hook(lambda optimizer: seen.append("saving"))
+    stepper.register_state_dict_post_hook(lambda optimizer, state: seen.append("saved"))
+    stepper.register_load_state_dict_pre_hook(lambda optimizer, state: seen.append("loading"))
+    handle = stepper.register_load_state_dict_post_hook(lambda optimizer: seen.append("loaded"))
+    stepper.load_state_dict(stepper.state_dict())
+    handle.remove()
+    stepper.load_state_dict(stepper.state_dict())
+
+    rounds = ["saving", "saved", "loading"]
+    agree(seen == [*rounds, "loaded", *rounds], seen)
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"Keep its state_dict\(\)"):
+            copied(stepper)
+    with pytest.raises(AttributeError, match="nothing_like_it"):
+        stepper.nothing_like_it  # noqa: B018
+    agree(True)
 
 
 def test_what_cannot_be_overlapped_is_refused(world, agree):

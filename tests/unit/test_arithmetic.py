@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mpiddl.buckets.agreement import describe, digest, first_difference, odd_ones
@@ -132,11 +133,22 @@ def models(draw):
     ]
 
 
+EMPTY_AT_THE_CUT = [
+    ParameterSpec(f"p{number}", (length,), (1,), "float32", 4)
+    for number, length in enumerate([3, 0, 0, 0, 40])
+]
+
+
 @given(models(), st.integers(1, 2000), st.integers(1, 2000), st.randoms())
+@example(EMPTY_AT_THE_CUT, 64, 40, Random(0))
 def test_every_gradient_has_one_place(specs, capacity, edge_capacity, random):
     order = random.sample(range(len(specs)), len(specs))
-    plan = plan_buckets(specs, capacity, edge_capacity, order)
+    for way in (order, None):
+        plan = plan_buckets(specs, capacity, edge_capacity, way)
+        check_places(plan, specs, capacity)
 
+
+def check_places(plan, specs, capacity):
     for dtype, length in plan.lengths.items():
         # Buckets lie side by side in the arena, and gradients do.
         stretches = sorted((b.start, b.stop) for b in plan.buckets if b.dtype == dtype)

@@ -91,6 +91,15 @@ def test_spans_and_steps(tmp_path):
     assert (step.end - step.begin) / MS == 37
 
 
+def test_buckets_that_were_planned_anew_since_are_not_those_that_are_described(tmp_path):
+    again = [(at + 100, *rest) for at, *rest in STEP]
+    recording = write(tmp_path, 0, [(0, Kind.PLAN, 3, 400), *STEP, (99, Kind.PLAN, 2, 400), *again])
+    spans = [s for s in spans_of(events_of(recording), recording.about) if s.name == "in flight"]
+
+    assert [span.parameters for span in spans] == ["", "", "'second'", "'first'"]
+    assert [span.nbytes for span in spans] == 2 * [300, 100]
+
+
 def test_what_was_cut_is_no_step_but_is_seen(tmp_path):
     recording = write(tmp_path, 0, STEP[4:-3])  # a ring that has lost the start; a killed rank
     spans = spans_of(events_of(recording), recording.about)

@@ -179,7 +179,10 @@ def _with_small_end(
         default=earliest,
     )
     before = tuple(m for m in bucket.members if offsets[m] < cut)
-    after = tuple(m for m in bucket.members if offsets[m] + parameters[m].length > cut)
+    # An empty gradient may lie at the cut.
+    after = tuple(
+        m for m in bucket.members if max(offsets[m], offsets[m] + parameters[m].length - 1) >= cut
+    )
     return [
         replace(bucket, stop=cut, members=before),
         replace(bucket, start=cut, members=after),

@@ -1,4 +1,4 @@
-"""Files that a benchmark writes, on rank 0. Both functions are collective."""
+"""Files that commands write; what a benchmark writes, on rank 0."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 
 from mpiddl.errors import OutputError
 
-__all__ = ["refuse_files", "write_files"]
+__all__ = ["check_picture", "refuse_files", "write_files"]
 
 PICTURES = (".png", ".pdf", ".svg")
 
 
 def refuse_files(*paths: Path | None, plot: Path | None) -> None:
-    """Before anything is measured, not after. Only rank 0 writes: its node alone counts.
+    """Before anything is measured, not after. Collective. Rank 0 alone writes: its node counts.
 
     Raises:
         OutputError: On every rank.
@@ -22,22 +22,39 @@ def refuse_files(*paths: Path | None, plot: Path | None) -> None:
     from mpiddl.overlap.calls import broadcast_json
 
     problem = None
-    for path in paths:
-        if path is not None and not path.parent.is_dir():
+    given = [path for path in paths if path is not None]
+    places = [path.resolve() for path in given]
+    for path in given:
+        if not path.parent.is_dir():
             problem = f"{path} cannot be written: there is no folder {path.parent}"
-        elif path is not None and path.is_dir():
+        elif path.is_dir():
             problem = f"{path} cannot be written: it is a folder"
-    if plot is not None and importlib.util.find_spec("matplotlib") is None:
-        problem = "--plot needs matplotlib: pip install 'mpiddl[plots]'"
-    if plot is not None and plot.suffix.lower() not in PICTURES:
-        problem = f"{plot} cannot be drawn: its name must end in {', '.join(PICTURES)}"
+        elif places.count(path.resolve()) > 1:
+            problem = f"{path} was given twice: one file would replace the other"
+    if plot is not None:
+        try:
+            check_picture(plot)
+        except OutputError as error:
+            problem = str(error)
     problem = broadcast_json(problem)
     if problem:
         raise OutputError(problem)
 
 
+def check_picture(path: Path) -> None:
+    """Whether this machine can draw, and knows the format.
+
+    Raises:
+        OutputError: On this rank.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise OutputError("plots need matplotlib: pip install 'mpiddl[plots]'")
+    if path.suffix.lower() not in PICTURES:
+        raise OutputError(f"{path} cannot be drawn: its name must end in {', '.join(PICTURES)}")
+
+
 def write_files(writers: Mapping[Path | None, Callable[[Path], None]]) -> None:
-    """Write each file that was asked for.
+    """Write each file that was asked for. Collective.
 
     Raises:
         OutputError: On every rank.

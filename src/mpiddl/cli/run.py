@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from mpiddl.errors import MpiddlError
 __all__ = ["deferred", "let_rank_0_speak", "run"]
 
 USAGE_ERROR = 2
+CLOSED_PIPE = 128 + signal.SIGPIPE
 GRACE_SECONDS = 2.0
 
 _chosen: list[Callable[[], Any]] = []
@@ -60,6 +62,9 @@ def run(main: Callable[..., Any] | typer.Typer) -> None:
             sys.exit(USAGE_ERROR)
         let_rank_0_speak()
         raise SystemExit(USAGE_ERROR) from None  # all ranks leave: there is no job to end
+    except BrokenPipeError:  # `mpiddl trace show | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left is flushed there
+        sys.exit(CLOSED_PIPE)
 
 
 def let_rank_0_speak() -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from mpiddl.cli.outputs import check_picture
 from mpiddl.cli.run import deferred
 
 __all__ = ["app", "merge", "plot", "show"]
@@ -55,12 +56,11 @@ def plot(
     from mpiddl.errors import OutputError
     from mpiddl.measure import timeline, trace
 
+    check_picture(output)
     steps = timeline.choose_steps(trace.read_trace(trace_file), _steps_in(step))
     try:
         timeline.plot_timeline(output, steps)
-    except ImportError:
-        raise OutputError("plots need matplotlib: pip install 'mpiddl[plots]'") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise OutputError(f"{output} cannot be written: {error}") from None
     typer.echo(f"written to {output}")
 
@@ -85,10 +85,10 @@ def _write(path: Path, text: str) -> None:
         raise OutputError(f"{path} cannot be written: {error.strerror}; pass -o") from None
 
 
-def _steps_in(text: str) -> list[int]:
+def _steps_in(text: str) -> range:
     """``"5:7"`` -> 5, 6, 7."""
     first, _, last = text.partition(":")
-    return list(range(int(first), int(last or first) + 1)) if text else []
+    return range(int(first), int(last or first) + 1) if text else range(0)
 
 
 def _check_steps(text: str) -> str:

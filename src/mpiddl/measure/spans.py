@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +26,7 @@ class Span:
         bucket: Its number; None for what the main thread does.
         step: The number of the backward that it belongs to; None if unknown.
         nbytes: Of the bucket.
-        parameters: In the bucket, for people.
+        parameters: In the bucket, for people; unknown before buckets were last planned.
         open: It had not ended when the recording did.
     """
 
@@ -65,16 +66,19 @@ _STATES = {Kind.READY: "ready", Kind.IN_FLIGHT: "in flight"}
 class _Builder:
     """Reads a rank's events in order and keeps what has begun."""
 
-    def __init__(self, about: Mapping[str, Any]) -> None:
+    def __init__(self, about: Mapping[str, Any], plans: Iterable[int]) -> None:
         self._about = about
         self._rank = about.get("rank", 0)
         self._open: dict[tuple[object, ...], list[Span]] = {}
+        self._replans = collections.Counter(plans)  # of each model, those to come
         self._steps: dict[int, int] = {}  # the running or last backward of each model
         self._forwards: dict[int, list[Span]] = {}  # of the backward to come
         self.spans: list[Span] = []
 
     def take(self, event: Event) -> None:
         kind = Kind(event.kind)
+        if kind is Kind.PLAN:
+            self._replans[event.model] -= 1
         if kind is Kind.BACKWARD_BEGIN:
             step = event.value or self._steps.get(event.model, 0) + 1
             self._steps[event.model] = step
@@ -93,6 +97,8 @@ class _Builder:
                 self._begin((event.model, bucket), "filling", event, bucket)
 
     def _model(self, event: Event) -> Mapping[str, Any]:
+        if self._replans[event.model]:  # what is described are the last buckets
+            return {}
         found: Mapping[str, Any] = self._about.get("models", {}).get(str(event.model), {})
         return found
 
@@ -110,6 +116,8 @@ class _Builder:
             if bucket < len(buckets):
                 span.nbytes = buckets[bucket]["nbytes"]
                 span.parameters = quoted([names[each] for each in buckets[bucket]["members"]])
+        if event.kind == Kind.IN_FLIGHT:
+            span.nbytes = event.value
         self._open.setdefault(key, []).append(span)
         self.spans.append(span)
 
@@ -132,7 +140,7 @@ def spans_of(events: Sequence[Event], about: Mapping[str, Any]) -> list[Span]:
         events: Oldest first.
         about: The recording's description.
     """
-    builder = _Builder(about)
+    builder = _Builder(about, (event.model for event in events if event.kind == Kind.PLAN))
     for event in events:
         builder.take(event)
     if events:

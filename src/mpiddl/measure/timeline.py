@@ -53,9 +53,9 @@ def choose_steps(spans: Sequence[Span], wanted: Sequence[int] = ()) -> list[Step
         lengths = {number: _length(steps, number) for number in warm}
         typical = statistics.median_low(lengths.values())
         wanted = [next(number for number in warm if lengths[number] == typical)]
-    missing = [number for number in wanted if number not in numbers]
-    if missing:
-        raise RecordingError(f"the trace has no step {missing[0]}; it has {_ranges(numbers)}")
+    missing = next((number for number in wanted if number not in numbers), None)
+    if missing is not None:
+        raise RecordingError(f"the trace has no step {missing}; it has {_ranges(numbers)}")
     return [step for step in steps if step.number in wanted]
 
 

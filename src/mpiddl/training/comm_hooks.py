@@ -14,7 +14,7 @@ with the bucket in between. Ranks may call it for their buckets in different ord
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,13 +78,25 @@ def hook_for_buckets(
         hook: The user's.
         names: Of the parameters, in the model's order.
         all_reduce: With the messages of a bucket with this number.
+
+    Raises:
+        TypeError: ``hook`` cannot be called; or later, on the first bucket: it is no generator.
     """
+    if not callable(hook):
+        raise TypeError(f"a comm hook is a generator function (state, bucket), not {hook!r}")
 
     def reduce(bucket: Bucket, weight: float) -> Waits[None]:
         members = [names[member] for member in bucket.members]
         own_all_reduce = functools.partial(all_reduce, bucket.number)
         seen = GradientBucket(bucket.number, bucket.buffer, members, weight, own_all_reduce)
-        return _in_plain_mode(hook(state, seen))
+        waits = hook(state, seen)
+        if not isinstance(waits, Iterator):
+            raise TypeError(
+                f"the comm hook returned a {type(waits).__name__}, but hooks are generators: "
+                "`yield from bucket.all_reduce(...)` takes the place of torch's Future, and what "
+                "is in bucket.buffer at the end is the gradient"
+            )
+        return _in_plain_mode(waits)
 
     return reduce
 

@@ -221,6 +221,9 @@ class DataParallel(torch.nn.Module):
         """Let ``hook(state, bucket)`` reduce each bucket; see ``mpiddl.training.comm_hooks``.
 
         Every rank registers the same hook, between two backwards. The next one takes its place.
+
+        Raises:
+            TypeError: It cannot be called. (One that is no generator fails at its first bucket.)
         """
         reducer = self.reducer
         all_reduce = reducer.reductions.all_reduce

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from mpiddl.comm.failure import at_clean_exit
 from mpiddl.comm.world import World
 from mpiddl.events import Kind, record
 from mpiddl.training.data_parallel import DataParallel
-from mpiddl.training.first_use import first_uses
+from mpiddl.training.needs import Needs
 from mpiddl.training.own_hooks import OwnHook
 from mpiddl.training.step_units import Group, StepUnits, clear, copied
 
@@ -76,9 +75,8 @@ class OverlappedOptimizer(torch.optim.Optimizer):
         self._due: list[Group] | None = None  # groups as they were at the step that is owed
         self._changes: list[Group] = []  # what the step has made of them
         self._zeroes: bool | None = None  # set_to_none of the zero_grad() that is owed
-        self._needs: dict[torch.nn.Module, list[torch.Tensor]] = {}  # parameters that it uses first
-        self._learning: ExitStack | None = None
         self._root = model.module
+        self._needs = Needs(self._root, self._wait_for)
         model.reducer.deferral = self
         self._hooks = [
             register(OwnHook(lambda *_: self.synchronize()))  # type: ignore[no-untyped-call]
@@ -91,7 +89,9 @@ class OverlappedOptimizer(torch.optim.Optimizer):
         if self._root._compiled_call_impl is None:  # else the hooks would be compiled too
             self._hooks += [
                 self._root.register_forward_pre_hook(OwnHook(self._root_begins), prepend=True),
-                self._root.register_forward_hook(OwnHook(self._root_ends), always_call=True),
+                self._root.register_forward_hook(
+                    OwnHook(lambda *_: self._needs.end()), always_call=True
+                ),
             ]
         self.world = model.world
         self.world.at_close(_finish_all)
@@ -119,7 +119,7 @@ class OverlappedOptimizer(torch.optim.Optimizer):
         """The model is not exchanged any more."""
         self.synchronize()
         self._reducer.deferral = None
-        for hook in self._hooks:
+        for hook in (*self._hooks, self._needs):
             hook.remove()
 
     # What users call.
@@ -207,6 +207,18 @@ class OverlappedOptimizer(torch.optim.Optimizer):
         """The plain optimizer's."""
         return self.optimizer.defaults
 
+    def __getattr__(self, name: str) -> Any:
+        # What torch.optim.Optimizer's own methods keep, such as hooks of state_dict().
+        if name == "optimizer":  # not there yet
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "an OverlappedOptimizer cannot be copied or pickled: it belongs to its model. Keep its "
+            "state_dict() instead"
+        )
+
     def __repr__(self) -> str:
         return f"OverlappedOptimizer({self.optimizer!r})"
 
@@ -261,33 +273,16 @@ class OverlappedOptimizer(torch.optim.Optimizer):
     def _root_begins(self, root: torch.nn.Module, _args: object) -> None:
         self._reducer.wait_for_buffers()
         trains = root.training and torch.is_grad_enabled()
-        if not trains or not self._needs:  # evaluation takes short cuts past modules
+        if not trains or not self._needs.learnt:  # evaluation takes short cuts past modules
             self.synchronize()
-        if not trains or not self._learns:
-            return
-        if self._needs:
-            self._module_begins(root, _args)
-        else:
-            self._learning = ExitStack()
-            self._found = self._learning.enter_context(first_uses(root))
+        if trains and self._learns:
+            self._needs.begin()
 
-    def _root_ends(self, root: torch.nn.Module, _args: object, _output: object) -> None:
-        if self._learning is None:
-            return
-        self._learning.close()
-        self._learning = None
-        self._needs = {root: []}
-        for parameter in root.parameters():
-            module = self._found.get(id(parameter), root)
-            if module not in self._needs:
-                hook = module.register_forward_pre_hook(OwnHook(self._module_begins))
-                self._hooks.append(hook)
-            self._needs.setdefault(module, []).append(parameter)
-
-    def _module_begins(self, module: torch.nn.Module, _args: object) -> None:
+    def _wait_for(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Until they are updated: a forward is about to use them."""
         if not self._pending:
             return
-        for parameter in self._needs[module]:
+        for parameter in parameters:
             unit = self._units.unit_of.get(id(parameter))
             if unit is not None and unit in self._pending:
                 self._finish(unit)

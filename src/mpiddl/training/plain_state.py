@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, Protocol
 
 import torch
@@ -53,7 +54,7 @@ def _encode(value: Any, tensors: list[torch.Tensor], where: str) -> Any:
         return {"list" if isinstance(value, list) else "tuple": items}
     if isinstance(value, dict):  # whose keys may be numbers, which JSON would make strings of
         return {
-            "dict": [
+            "counter" if isinstance(value, Counter) else "dict": [
                 [_encode(key, tensors, where), _encode(item, tensors, f"{where}[{key!r}]")]
                 for key, item in value.items()
             ]
@@ -73,7 +74,8 @@ def _decode(value: Any, tensors: list[torch.Tensor]) -> Any:
         dtype, shape, strides = content
         tensors.append(torch.empty_strided(shape, strides, dtype=getattr(torch, dtype)))
         return tensors[-1]
-    if kind == "dict":
-        return {_decode(key, tensors): _decode(item, tensors) for key, item in content}
+    if kind in ("dict", "counter"):  # such as MultiStepLR's milestones
+        pairs = {_decode(key, tensors): _decode(item, tensors) for key, item in content}
+        return pairs if kind == "dict" else Counter(pairs)
     items = [_decode(item, tensors) for item in content]
     return items if kind == "list" else tuple(items)
