@@ -23,6 +23,7 @@ RUNS = [Run("2_ranks", 2, "--repeats 25")]
 LAB_RUNS = [
     Run("2_hosts_1gbit_batch_2048", 2, f"{NETWORK} --batch 2048 --repeats 6", "--rate 1gbit"),
     Run("2_hosts_1gbit_batch_512", 2, f"{NETWORK} --batch 512 --repeats 9", "--rate 1gbit"),
+    Run("2_hosts_500mbit_batch_512", 2, f"{NETWORK} --batch 512 --repeats 9", "--rate 500mbit"),
 ]
 
 

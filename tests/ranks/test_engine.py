@@ -19,6 +19,8 @@ from mpiddl.collectives.ring import ring_all_reduce
 from mpiddl.comm.messages import Credits
 from mpiddl.devices.host import HOST
 from mpiddl.overlap.engine import Engine
+from mpiddl.overlap.work import Work
+from mpiddl.waits import ALREADY
 
 CHUNK_BYTES = 512
 
@@ -234,6 +236,30 @@ def test_a_free_credit_goes_to_the_most_urgent(world, agree):
         driver.poll()
 
     agree(posted == ["large", "urgent", "urgent", "large", "large"], posted)
+
+
+def test_an_urgent_collective_is_asked_while_a_large_one_goes_on(world, agree):
+    gate, driver, turns = Held(), Engine(), []
+
+    def large():
+        for turn in range(200):
+            turns.append(turn)
+            if turn == 100:
+                gate.released = True
+                driver._submitted.append(Work(driver, urgent(), world, priority=2))
+            yield ALREADY
+
+    def urgent():
+        yield gate
+        turns.append("urgent")
+
+    driver.submit(urgent(), world, priority=1)
+    driver.submit(large(), world)
+    while len(turns) < 202:
+        driver.poll()
+
+    places = [place for place, turn in enumerate(turns) if turn == "urgent"]
+    agree(100 < places[0] < places[1] < 120, places)
 
 
 def test_an_urgent_bucket_overtakes_a_large_one_in_the_middle(world, agree, engine):

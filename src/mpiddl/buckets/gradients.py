@@ -50,6 +50,7 @@ class Gradients:
     Attributes:
         buckets: In plan order.
         views: Each parameter's gradient, in the model's order.
+        together_in: The bucket with which a small gradient is brought in; None for large ones.
     """
 
     def __init__(
@@ -76,12 +77,12 @@ class Gradients:
                 piece = slice(max(planned.start - offset, 0), min(planned.stop - offset, length))
                 self._pieces[member].append(piece)
                 self._buckets_of[member].append(bucket)
-        self._is_small = [
-            len(pieces) == 1 and view.nbytes <= SMALL_BYTES
-            for pieces, view in zip(self._pieces, self.views, strict=True)
+        self.together_in = [
+            buckets[0] if len(buckets) == 1 and view.nbytes <= SMALL_BYTES else None
+            for buckets, view in zip(self._buckets_of, self.views, strict=True)
         ]
         for bucket in self.buckets:
-            bucket.together = [member for member in bucket.members if self._is_small[member]]
+            bucket.together = [m for m in bucket.members if self.together_in[m] is bucket]
 
     def buckets_of(self, member: int) -> Sequence[Bucket]:
         """Those that a parameter's gradient is in."""
@@ -96,7 +97,7 @@ class Gradients:
         goes piece by piece, so that a piece is reduced while it is hot too. Small ones wait for
         ``fill``.
         """
-        if self._is_small[member]:
+        if self.together_in[member] is not None:
             return self._buckets_of[member]
         parameter, view = self._parameters[member], self.views[member]
         gradient = parameter.grad
@@ -137,10 +138,11 @@ class Gradients:
                     "is over"
                 )
             targets.append(view)
-            sources.append(gradient.detach() if gradient.requires_grad else gradient)
+            sources.append(gradient)
             owners.append(parameter)
         if targets:
-            torch._foreach_copy_(targets, sources)
+            with torch.no_grad():  # create_graph has it enabled
+                torch._foreach_copy_(targets, sources)
         for parameter, view in zip(owners, targets, strict=True):
             parameter.grad = view
 

@@ -27,6 +27,9 @@ __all__ = ["PATIENCE", "Engine", "engine_of", "may_thread"]
 PATIENCE = 100
 """Fruitless looks at a wait before others are helped on."""
 
+TURNS = 16
+"""Of one collective, before those that are more urgent are asked again: a few chunks."""
+
 
 class Engine:
     """All collectives of this process, of whatever world.
@@ -177,11 +180,22 @@ class Engine:
             insort(self._in_flight, self._submitted.popleft(), key=_urgency)
 
     def _round(self) -> bool:
-        """Advance every work once; True if any went on. Under the lock."""
+        """Advance every work as far as it goes; True if any went on. Under the lock.
+
+        One whose peers keep up goes far: meanwhile those that are more urgent are asked again.
+        """
         self._collect()
+        place = gone = 0
         moved = True  # also after an exception: its work is over
         try:
-            moved = any([work.advance() for work in self._in_flight])  # noqa: C419 - all of them
+            while place < len(self._in_flight):
+                turns = self._in_flight[place].advance(TURNS)
+                gone += turns
+                place += 1
+                if turns == TURNS:
+                    self._collect()
+                    place = 0
+            moved = gone > 0
         finally:
             if moved:
                 self._in_flight = [work for work in self._in_flight if not work.complete]

@@ -110,7 +110,11 @@ class Scheduler:
         if self._holds_back:
             self._held.append(member)
             return
-        self._launch(member, self._gradients.take(member), start)
+        bucket = self._gradients.together_in[member]
+        if bucket is not None and bucket.num_missing > 1:  # most gradients: nothing to do yet
+            bucket.num_missing -= 1
+        else:
+            self._launch(member, self._gradients.take(member), start)
         self._engine.nudge()
 
     def no_more(self, start: Start) -> None:

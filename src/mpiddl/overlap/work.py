@@ -87,14 +87,14 @@ class Work:
         self._error = error
         self._complete = True
 
-    def advance(self) -> bool:
-        """Run the generator as far as it goes; True if it went on at all. Engine only."""
+    def advance(self, most: int) -> int:
+        """Run the generator as far as it goes, at most so many turns; how many. Engine only."""
+        turns = 0
         if self._complete:
-            return False
-        moved = False
+            return turns
         try:
-            while self._wait.done():
-                moved = True
+            while turns < most and self._wait.done():
+                turns += 1
                 self._wait = next(self._waits)
         except StopIteration as end:
             self._result = end.value if self._result is None else self._result
@@ -103,8 +103,8 @@ class Work:
                 record(Kind.COMPLETE, *self._label)
             self._complete = True
         except BaseException as error:
-            moved = True
+            turns += 1  # of its last, which may have been in done()
             self.give_up(error)
             if not isinstance(error, Exception):  # Ctrl-C: also for whoever happened to poll
                 raise
-        return moved
+        return turns
