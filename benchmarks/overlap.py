@@ -19,7 +19,11 @@ NETWORK = (
     "--model mlp --width 1024 --layers 16 --steps 2 --warmup 3 "
     "--candidates after,mpiddl,next,ddp --engine inline,thread"
 )
-RUNS = [Run("2_ranks", 2, "--repeats 25")]
+FEWER = "--candidates after,mpiddl,ddp --engine inline,after,auto"
+RUNS = [
+    Run("2_ranks", 2, "--repeats 25"),
+    Run("2_ranks_longer", 2, f"--repeats 50 {FEWER}"),
+]
 LAB_RUNS = [
     Run("2_hosts_1gbit_batch_2048", 2, f"{NETWORK} --batch 2048 --repeats 6", "--rate 1gbit"),
     Run("2_hosts_1gbit_batch_512", 2, f"{NETWORK} --batch 512 --repeats 9", "--rate 1gbit"),

@@ -32,6 +32,7 @@ RUNS = {
 }
 OVERLAP_RUNS = {
     "2_ranks": "Two ranks on one node, one thread each",
+    "2_ranks_longer": "The same with fewer ways and more rounds",
     "2_hosts_1gbit_batch_2048": "Two hosts, 1 Gbit/s, where computing takes longer",
     "2_hosts_1gbit_batch_512": "Two hosts, 1 Gbit/s, where both take about as long",
     "2_hosts_500mbit_batch_512": "Two hosts, 500 Mbit/s, where the link takes longer",
