@@ -190,6 +190,19 @@ def test_stats(world, agree):
     agree(before == stats and model.stats().backwards == 4, "stats() hands out what changes")
 
 
+def test_waits_in_the_next_forward_are_exposed(world, agree):
+    model = mpiddl.DataParallel(Backwards(), bucket_size=600, rebuild_buckets=False)
+    stepper = mpiddl.OverlappedOptimizer(torch.optim.SGD, model, lr=0.1)
+    for step in range(20):
+        loss_of(model, world.rank, step).backward()
+        stepper.step()
+    stepper.synchronize()
+
+    stats = model.stats()
+    waited = sum(bucket.exposed_seconds for bucket in stats.buckets)
+    agree(0 <= waited <= stats.exposed_seconds, stats)
+
+
 @pytest.mark.parametrize("option", [{"engine": "auto"}, {"find_unused_parameters": True}])
 def test_options_that_differ_are_refused(world, agree, option):
     if world.size == 1:

@@ -126,9 +126,14 @@ class Engine:
         """End what ``enter`` began."""
         self._lock.release()
 
+    @property
+    def nudge_is_due(self) -> bool:
+        """Whether something is in flight and no poll was a moment ago."""
+        return bool(self._in_flight) and time.perf_counter() - self._polled >= self.NUDGE_SECONDS
+
     def nudge(self) -> None:
-        """As ``poll``, unless nothing is in flight or a poll was a moment ago."""
-        if self._in_flight and time.perf_counter() - self._polled >= self.NUDGE_SECONDS:
+        """As ``poll``, if that is due."""
+        if self.nudge_is_due:
             self.poll()
 
     def poll(self) -> None:

@@ -39,6 +39,7 @@ class Scheduler:
         backwards: Those begun so far.
         arrived: Parameters in the order in which their gradients came in this backward.
         works: Of each bucket, in this backward; None before it is started.
+        seconds: That ``ready`` has taken in this backward.
         exposed: Seconds that ``wait`` has spent on each bucket so far.
     """
 
@@ -65,6 +66,7 @@ class Scheduler:
         self._held: list[int] = []  # ready, and not taken in before the end of backward
         self.arrived: list[int] = []
         self.works: list[Work | None] = [None] * len(self._buckets)
+        self.seconds = 0.0
         self.exposed = [0.0] * len(self._buckets)
         watchdog.watch(self.describe)
 
@@ -86,6 +88,7 @@ class Scheduler:
             )
         self.works, self._started = [None] * len(self._buckets), 0
         self._came, self.arrived, self._held = [False] * len(self._came), [], []
+        self.seconds = 0.0
         for bucket in self._buckets:
             bucket.reset()
         self.backwards += 1
@@ -111,11 +114,13 @@ class Scheduler:
             self._held.append(member)
             return
         bucket = self._gradients.together_in[member]
-        if bucket is not None and bucket.num_missing > 1:  # most gradients: nothing to do yet
-            bucket.num_missing -= 1
-        else:
-            self._launch(member, self._gradients.take(member), start)
+        if bucket is not None and bucket.num_missing > 1 and not self._engine.nudge_is_due:
+            bucket.num_missing -= 1  # as most gradients: nothing to do yet
+            return
+        began = time.perf_counter()
+        self._launch(member, self._gradients.take(member), start)
         self._engine.nudge()
+        self.seconds += time.perf_counter() - began
 
     def no_more(self, start: Start) -> None:
         """Backward is over on this rank: start what was held back."""

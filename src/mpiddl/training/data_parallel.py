@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -147,11 +146,11 @@ class DataParallel(torch.nn.Module):
             self._settle()  # what is compiled around this runs no hooks that could wait later
         if torch.compiler.is_compiling() or self._reducer is None:
             return self.module(*args, **kwargs)  # what can be measured here is not worth a break
-        began = time.perf_counter()
+        began = self._reducer.accounts.clock()
         with span(Kind.FORWARD_BEGIN, self._reducer.number):
             output = self.module(*args, **kwargs)
         if trains:
-            self._reducer.accounts.forward_ended(output, time.perf_counter() - began)
+            self._reducer.accounts.forward_ended(output, began)
         return output
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]

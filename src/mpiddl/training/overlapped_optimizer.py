@@ -228,7 +228,8 @@ class OverlappedOptimizer(torch.optim.Optimizer):
         """Wait for the gradients of one unit, and update its parameters if that is due."""
         del self._pending[unit]
         reducer, units = self._reducer, self._units
-        reducer.scheduler.wait(units.buckets[unit])
+        with reducer.accounts.exposed():
+            reducer.scheduler.wait(units.buckets[unit])
         untouched = set(reducer.unused.untouched)
         for member in units.members[unit]:
             parameter = reducer.parameters[member]

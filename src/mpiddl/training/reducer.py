@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 
 from mpiddl.buckets.bucket import Bucket
@@ -174,7 +172,6 @@ class Reducer:
         if not self.synchronises:
             self._unreduced = True
             return
-        started = time.perf_counter()
         gradient = parameter.grad
         assert gradient is not None
         if type(gradient) is InFlight:
@@ -184,14 +181,14 @@ class Reducer:
             self._look_at(member, gradient)
         backward = _number_of_backward()
         if backward != self._backward:
-            self._weight = weight_of_backward(self, self.samples, self.total)
-            self._begin()
+            with self.accounts.exposed():
+                self._weight = weight_of_backward(self, self.samples, self.total)
+                self._begin()
             self._backward = backward
             # Autograd calls back once, after all gradients of this backward.
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
         if dense:
             self.scheduler.ready(member, self._start)
-        self.accounts.stats.exposed_seconds += time.perf_counter() - started
 
     def _look_at(self, member: int, gradient: torch.Tensor) -> None:
         """Raise GradientError for one that must not be reduced."""
@@ -247,9 +244,12 @@ class Reducer:
 
     def shadow_finish(self) -> None:
         """The end of a backward of other ranks, or of this one's."""
-        started = time.perf_counter()
-        self.accounts.backward_computed()
+        self.accounts.backward_computed(self.scheduler.seconds)
         self._backward, self._unreduced = None, False
+        with self.accounts.exposed():
+            self._exchange_the_rest()
+
+    def _exchange_the_rest(self) -> None:
         joined = announcements_of(self.world)
         self.scheduler.no_more(self._start)
         if self._options.lets_absent:
@@ -266,7 +266,6 @@ class Reducer:
         record(Kind.BACKWARD_END, self.number, value=self.scheduler.backwards)
         if joined is None:  # else some ranks may not come here any more
             self._look_ahead()
-        self.accounts.stats.exposed_seconds += time.perf_counter() - started
 
     def _settle_unused(self) -> None:
         absent = self.scheduler.absent
@@ -284,7 +283,8 @@ class Reducer:
     def wait_for_buffers(self) -> None:
         """Wait for the model's buffers alone."""
         if self._buffers is not None:
-            self._buffers.finish()
+            with self.accounts.exposed():
+                self._buffers.finish()
 
     def count(self) -> Stats:
         """What the exchange has cost so far."""

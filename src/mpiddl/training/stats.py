@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,18 +66,36 @@ class Accounts:
 
     def __init__(self) -> None:
         self.stats = Stats()
-        self._since: tuple[float, float] | None = None  # backward's begin; exposed before
+        self._since: float | None = None  # backward's begin, by ``clock``
+        self._exposes = False
         self._counted = True
 
-    def forward_ended(self, output: Any, seconds: float) -> None:
-        """A forward that is trained took ``seconds``; the time of its backward counts too."""
-        self.stats.compute_seconds += seconds
+    def clock(self) -> float:
+        """Seconds by a clock that stands still while time is exposed."""
+        return time.perf_counter() - self.stats.exposed_seconds
+
+    @contextmanager
+    def exposed(self) -> Iterator[None]:
+        """What is done inside is exposed; inside another such block it is already."""
+        if self._exposes:
+            yield
+            return
+        self._exposes, began = True, time.perf_counter()
+        try:
+            yield
+        finally:
+            self._exposes = False
+            self.stats.exposed_seconds += time.perf_counter() - began
+
+    def forward_ended(self, output: Any, began: float) -> None:
+        """A forward that is trained has run since ``began``; its backward will count too."""
+        self.stats.compute_seconds += self.clock() - began
         node = None if torch.compiler.is_compiling() else _grad_fn_of(output)
         if node is not None:
             node.register_prehook(self._backward_began)
 
     def _backward_began(self, _gradients: Any) -> None:
-        self._since = time.perf_counter(), self.stats.exposed_seconds
+        self._since = self.clock()
 
     def lay_out(self, buckets: Sequence[Bucket], names: Sequence[str]) -> None:
         """From now on these are the buckets, of parameters with ``names`` in the model's order."""
@@ -85,12 +104,11 @@ class Accounts:
             for bucket in buckets
         ]
 
-    def backward_computed(self) -> None:
-        """Backward has nothing more to compute; its gradients are reduced."""
+    def backward_computed(self, hook_seconds: float) -> None:
+        """Backward has nothing more to compute, and of its time its hooks took so much."""
+        self.stats.exposed_seconds += hook_seconds
         if self._since is not None:
-            began, exposed = self._since
-            lasted = time.perf_counter() - began
-            self.stats.compute_seconds += lasted - (self.stats.exposed_seconds - exposed)
+            self.stats.compute_seconds += self.clock() - self._since
             self._since = None
         self.stats.backwards += 1
         self.stats.reduced_bytes += sum(bucket.nbytes for bucket in self.stats.buckets)
