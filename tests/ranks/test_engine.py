@@ -238,6 +238,19 @@ def test_a_free_credit_goes_to_the_most_urgent(world, agree):
     agree(posted == ["large", "urgent", "urgent", "large", "large"], posted)
 
 
+def test_buckets_under_way_are_known_by_their_urgency(world, agree):
+    model = mpiddl.DataParallel(torch.nn.Linear(30, 30), bucket_size=1000)
+    room, seen = model.reducer.reductions._credits, []
+
+    def hook(state, bucket):
+        seen.append(room.first >= bucket.number)
+        yield from bucket.all_reduce(bucket.buffer, weight=bucket.weight)
+
+    model.register_comm_hook(None, hook)
+    model(torch.ones(2, 30)).sum().backward()
+    agree(len(seen) > 2 and all(seen) and room.first == -1, seen)
+
+
 def test_an_urgent_collective_is_asked_while_a_large_one_goes_on(world, agree):
     gate, driver, turns = Held(), Engine(), []
 
