@@ -79,11 +79,13 @@ def test_buckets_follow_the_observed_order(world, agree, rebuilds):
     agree(all(plan == after for plan in plans), plans)
 
 
-@pytest.mark.parametrize("engine", ["inline", "thread", "after"])
-def test_opposite_ready_orders(world, agree, engine):
-    model = mpiddl.DataParallel(
-        Backwards(turn=bool(world.rank % 2)), bucket_size=100, engine=engine
-    )
+@pytest.mark.parametrize(
+    "options",
+    [*({"engine": name} for name in ("inline", "thread", "after")), {"algorithm": "library"}],
+    ids=lambda options: next(iter(options.values())),
+)
+def test_opposite_ready_orders(world, agree, options):
+    model = mpiddl.DataParallel(Backwards(turn=bool(world.rank % 2)), bucket_size=100, **options)
     for step in range(3):
         model.zero_grad()
         loss_of(model, world.rank, step).backward()

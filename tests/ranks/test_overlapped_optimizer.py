@@ -157,6 +157,75 @@ def test_what_the_next_forward_needs_first_is_the_most_urgent(world, agree):
     agree(max(urgency) == urgency[first[-1].number] > urgency[last[-1].number], urgency)
 
 
+def test_a_module_waits_for_its_own_parameters_only(world, agree):
+    """The last layer's bucket goes on once the first layer's forward is over."""
+    model = mpiddl.DataParallel(make("mlp"), bucket_size=300, engine="inline")
+    released = []
+
+    class Gate:
+        polls = 0
+
+        def done(self):
+            self.polls += 1
+            assert self.polls < 100_000, "nothing but the last layer was waited for"
+            return bool(released)
+
+    def hook(state, bucket):
+        if "4.weight" in bucket.names:
+            yield Gate()
+        yield from bucket.all_reduce(bucket.buffer, weight=bucket.weight)
+
+    released.append("before the first forward has shown who needs what")
+    stepper = mpiddl.OverlappedOptimizer(torch.optim.SGD, model, lr=0.1)
+    model.register_comm_hook(None, hook)
+    model.module[0].register_forward_hook(lambda *_: released.append("by the first layer"))
+    for step in range(3):
+        model(batch("mlp", world, step)).square().mean().backward()
+        stepper.step()
+        released.clear()
+    released.append("by the end")
+    stepper.synchronize()
+    agree(True)
+
+
+class Counting(torch.optim.SGD):
+    """Keeps a count in its groups, as optimizers with schedules of their own do."""
+
+    def step(self):
+        for group in self.param_groups:
+            group["count"] = group.get("count", 0) + 1
+            group["lr"] = 0.1 / group["count"]
+        super().step()
+
+
+class Words(nn.Module):
+    """With a sparse gradient, which is not in any bucket."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(12, 8, sparse=True)
+        self.out = nn.Linear(8, 4)
+
+    def forward(self, tokens):
+        return self.out(self.embedding(tokens).mean(1))
+
+
+@pytest.mark.parametrize("optimizer_class", [Counting, torch.optim.SGD])
+def test_sparse_gradients_and_what_a_step_writes_into_groups(world, agree, optimizer_class):
+    models, groups = [], []
+    for overlaps in (False, True):
+        torch.manual_seed(3)
+        model = mpiddl.DataParallel(Words(), bucket_size=100)
+        stepper = stepper_of(model, overlaps, optimizer_class, lr=0.1)
+        for step in range(STEPS):
+            stepper.zero_grad()
+            model(batch("tied", world, step)).square().mean().backward()
+            stepper.step()
+        models.append(model)
+        groups.append(stepper.state_dict()["param_groups"])
+    agree(same(*models) and groups[0] == groups[1], groups)
+
+
 def test_clipping_after_waiting_is_right(world, agree):
     results = []
     for overlaps in (False, True):

@@ -63,6 +63,15 @@ def test_a_gradient_that_a_hook_takes_away_is_missed():
         gradients.fill(bucket)
 
 
+def test_a_large_gradient_in_another_order_of_memory():
+    (large,) = parameters((5, 8))
+    gradients = gradients_of(large, capacity=64)
+    large.grad = torch.arange(40.0).view(8, 5).t()
+    assert list(gradients.take(0)) == gradients.buckets
+    assert large.grad is gradients.views[0]
+    assert torch.equal(large.grad, torch.arange(40.0).view(8, 5).t())
+
+
 def test_a_large_gradient_comes_piece_by_piece():
     (large,) = parameters((5, 8))
     gradients = gradients_of(large, capacity=64)

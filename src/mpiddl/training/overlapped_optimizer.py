@@ -18,6 +18,8 @@ from mpiddl.training.step_units import Group, StepUnits, clear, copied
 
 __all__ = ["OverlappedOptimizer"]
 
+_ABSENT = object()
+
 
 class OverlappedOptimizer(torch.optim.Optimizer):
     """Any torch optimizer, stepping parameters when they are needed instead of all at once.
@@ -267,7 +269,8 @@ class OverlappedOptimizer(torch.optim.Optimizer):
         finally:
             self.optimizer.param_groups = groups
         for group, before, changes in zip(stepped, self._due, self._changes, strict=True):
-            changes.update({k: v for k, v in group.items() if v is not before.get(k, v)})
+            del group["params"]
+            changes.update({k: v for k, v in group.items() if v is not before.get(k, _ABSENT)})
 
     # What forwards wait for.
 
