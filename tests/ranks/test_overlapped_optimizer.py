@@ -175,14 +175,14 @@ def test_a_module_waits_for_its_own_parameters_only(world, agree):
             yield Gate()
         yield from bucket.all_reduce(bucket.buffer, weight=bucket.weight)
 
-    released.append("before the first forward has shown who needs what")
     stepper = mpiddl.OverlappedOptimizer(torch.optim.SGD, model, lr=0.1)
     model.register_comm_hook(None, hook)
     model.module[0].register_forward_hook(lambda *_: released.append("by the first layer"))
     for step in range(3):
-        model(batch("mlp", world, step)).square().mean().backward()
-        stepper.step()
+        loss = model(batch("mlp", world, step)).square().mean()
         released.clear()
+        loss.backward()
+        stepper.step()
     released.append("by the end")
     stepper.synchronize()
     agree(True)
