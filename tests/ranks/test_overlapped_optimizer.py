@@ -157,6 +157,17 @@ def test_what_the_next_forward_needs_first_is_the_most_urgent(world, agree):
     agree(max(urgency) == urgency[first[-1].number] > urgency[last[-1].number], urgency)
 
 
+def test_what_rank_0_writes_to_its_buffers_after_backward_stays(world, agree):
+    model = mpiddl.DataParallel(make("tied"), bucket_size=300)
+    stepper = mpiddl.OverlappedOptimizer(torch.optim.SGD, model, lr=0.1)
+    model(batch("tied", world, 0)).square().mean().backward()
+    mean = model.module.norm.running_mean
+    with torch.no_grad():
+        mean.fill_(3.0)
+    stepper.synchronize()
+    agree(world.rank > 0 or mean.tolist() == [3.0] * 8, mean)
+
+
 def test_a_module_waits_for_its_own_parameters_only(world, agree):
     """The last layer's bucket goes on once the first layer's forward is over."""
     model = mpiddl.DataParallel(make("mlp"), bucket_size=300, engine="inline")

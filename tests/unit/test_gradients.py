@@ -53,6 +53,17 @@ def test_gradients_are_taken_wherever_they_are(shape):
     assert all(p.grad.untyped_storage().data_ptr() == storage for p in (fresh, own, added))
 
 
+@pytest.mark.parametrize("shape", [(2, 3), (100, 60)])
+def test_gradients_lose_their_graph(shape):
+    (parameter,) = parameters(shape)
+    gradients = gradients_of(parameter)
+    parameter.grad = torch.ones(shape, requires_grad=True) * 2  # as with create_graph=True
+    (bucket,) = gradients.take(0)
+    gradients.fill(bucket)
+    assert not parameter.grad.requires_grad
+    assert torch.equal(parameter.grad, torch.full(shape, 2.0))
+
+
 def test_a_gradient_that_a_hook_takes_away_is_missed():
     (small,) = parameters((2, 3))
     gradients = gradients_of(small)
