@@ -1,4 +1,4 @@
-"""What DataParallel itself costs: per gradient, per bucket, while idle, and in memory.
+"""What DataParallel itself costs: per gradient, per bucket, while idle, in memory, for a trace.
 
     OMP_NUM_THREADS=1 tools/mpirun -n 1 python benchmarks/costs.py     # bookkeeping alone
     OMP_NUM_THREADS=1 tools/mpirun -n 2 python benchmarks/costs.py     # exchange included
@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import ctypes
 import re
+import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -18,6 +20,8 @@ import numpy
 import torch
 
 import mpiddl
+from mpiddl.events import recorder
+from mpiddl.measure.models import DEFAULTS, batches, build, loss_of
 
 SMALL, MANY = 200, 1000
 """Parameters of two models; what a backward costs as a whole drops out of the difference."""
@@ -127,6 +131,31 @@ def memory(model: torch.nn.Sequential, before: float) -> str:
     return f"{most - before:.0f} MiB beyond a single process; gradients are {gradients:.0f} MiB"
 
 
+def tracing(world: mpiddl.World) -> str:
+    """What a trace adds to the steps of a small language model; to be measured last."""
+    spec = DEFAULTS["transformer"]
+    folder = mpiddl.broadcast_json(tempfile.mkdtemp() if world.rank == 0 else None)
+    model = mpiddl.DataParallel(build(spec), engine="inline", trace=folder)
+    ((inputs, targets),) = batches(spec, world.rank, 1)
+    times = {True: [], False: []}
+    for repeat in range(WARMUP + REPEATS):
+        for traced in times if repeat % 2 else reversed(times):
+            mpiddl.barrier()
+            recorder.tracing = traced
+            began = time.process_time()
+            model.zero_grad()
+            loss_of(spec, model(inputs), targets).backward()
+            if repeat >= WARMUP:
+                times[traced].append(time.process_time() - began)
+    recorder.tracing = True
+    mpiddl.barrier()
+    if world.rank == 0:
+        shutil.rmtree(folder)
+    ratios = numpy.array(times[True]) / numpy.array(times[False])
+    low, middle, high = numpy.quantile(ratios, (0.25, 0.5, 0.75)) - 1
+    return f"{middle:.1%} of a step's processor time, quartiles {low:.1%} and {high:.1%}"
+
+
 def main() -> None:
     """Print all of it on rank 0."""
     model = torch.nn.Sequential(*(torch.nn.Linear(2048, 2048) for _ in range(6)))
@@ -136,6 +165,7 @@ def main() -> None:
     lines += [f"fresh           {scheduling(True)}", f"in place        {scheduling(False)}"]
     engines = ["inline", *(["thread"] if world.allows_threads else [])]
     lines += [f"idle, {engine:<9} {idle(engine)}" for engine in engines]
+    lines += [f"trace           {tracing(world)}"]
     if world.rank == 0:
         print("\n".join(lines))
 

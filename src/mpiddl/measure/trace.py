@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ def _aligned(recording: Recording, at: Any) -> Any:
 
 
 def _events_of(recording: Recording, start: int) -> Iterable[dict[str, Any]]:
-    """A rank's spans and instants, in Chrome's words."""
+    """What a rank did, in Chrome's words."""
     about = recording.about
     rank = about["rank"]
     name = f"rank {rank} ({about.get('host')})"
@@ -104,53 +104,47 @@ def _events_of(recording: Recording, start: int) -> Iterable[dict[str, Any]]:
     yield _meta("thread_name", rank, MAIN_ROW, name="main thread")
     shift = _aligned(recording, 0) - start
     events = [Event(*event) for event in recording.events.tolist()]
-    rows: set[int] = set()
+    yield from _bars(events, about, shift)
+    yield from _points(events, about, shift)
+
+
+def _bars(
+    events: Sequence[Event], about: Mapping[str, Any], shift: int
+) -> Iterable[dict[str, Any]]:
+    """What lasted, each bucket in a row of its own."""
+    rows = {MAIN_ROW}
     for span in spans_of(events, about):
         row = _row_of(span)
-        if row not in rows and row != MAIN_ROW:
-            yield _meta("thread_name", rank, row, name=f"model {span.model}, bucket {span.bucket}")
-        rows.add(row)
+        if row not in rows:
+            rows.add(row)
+            name = f"model {span.model}, bucket {span.bucket}"
+            yield _meta("thread_name", span.rank, row, name=name)
         yield {
             "ph": "X",
             "name": span.name,
-            "pid": rank,
+            "pid": span.rank,
             "tid": row,
             "ts": (span.begin + shift) / 1e3,
             "dur": (span.end - span.begin) / 1e3,
             "args": span.args(),
         }
+
+
+def _points(
+    events: Sequence[Event], about: Mapping[str, Any], shift: int
+) -> Iterable[dict[str, Any]]:
+    """What happened at one moment, and how many bytes were in flight then."""
     in_flight = 0
     for event in events:
-        ts = (event.at + shift) / 1e3
+        at = {"pid": about["rank"], "ts": (event.at + shift) / 1e3}
         if event.kind in _INSTANTS:
-            yield {
-                "ph": "i",
-                "s": "t",
-                "name": in_words(event, about),
-                "pid": rank,
-                "tid": MAIN_ROW,
-                "ts": ts,
-            }
+            yield {"ph": "i", "s": "t", "name": in_words(event, about), "tid": MAIN_ROW, **at}
         elif event.kind == Kind.CHUNK:
-            row = _row_of_tag(event.subject, about)
-            yield {
-                "ph": "i",
-                "s": "t",
-                "name": "chunk",
-                "pid": rank,
-                "tid": row,
-                "ts": ts,
-                "args": {"bytes": event.value},
-            }
+            row, args = _row_of_tag(event.subject, about), {"bytes": event.value}
+            yield {"ph": "i", "s": "t", "name": "chunk", "tid": row, "args": args, **at}
         elif event.kind in (Kind.IN_FLIGHT, Kind.COMPLETE):
             in_flight += event.value if event.kind == Kind.IN_FLIGHT else -event.value
-            yield {
-                "ph": "C",
-                "name": "bytes in flight",
-                "pid": rank,
-                "ts": ts,
-                "args": {"bytes": max(0, in_flight)},
-            }
+            yield {"ph": "C", "name": "bytes in flight", "args": {"bytes": max(0, in_flight)}, **at}
 
 
 def _meta(what: str, rank: int, row: int, **args: Any) -> dict[str, Any]:
@@ -161,7 +155,7 @@ def _row_of(span: Span) -> int:
     return MAIN_ROW if span.bucket is None else span.model * 10_000 + span.bucket
 
 
-def _row_of_tag(tag: int, about: dict[str, Any]) -> int:
+def _row_of_tag(tag: int, about: Mapping[str, Any]) -> int:
     for number, model in about.get("models", {}).items():
         for bucket, facts in enumerate(model.get("buckets", ())):
             if facts.get("tag") == tag:
