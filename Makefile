@@ -82,13 +82,10 @@ test-cluster: install
 test-ranks-%: install FORCE
 	$(RUN) $* $(PYTEST) tests/ranks
 
-# The watchdog asks no MPI: how a job ends by it, and calls in which MPI itself waits, are enough.
-WATCHDOG := tests/jobs/test_watchdog.py
 test-mpich test-intel: test-%:
 	$(MAKE) test-ranks-3 MPI=$*
 	MPI=$* $(BIN)/$(PYTEST) tests/jobs/test_failure.py tests/jobs/test_launch.py \
-		tests/jobs/test_shared_memory.py $(WATCHDOG)::test_a_rank_stuck_in_its_data_loader \
-		$(WATCHDOG)::test_calls_in_which_mpi_itself_waits
+		tests/jobs/test_shared_memory.py tests/jobs/test_watchdog.py
 
 # Benchmarks: benchmarks/results and the tables of docs/performance.md are written anew.
 

@@ -16,12 +16,9 @@ OTHERS = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}
 IN_A_STEP = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "2"}
 IN_AN_ALLOCATION = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}
 
-only_open_mpi = pytest.mark.skipif(
-    os.environ.get("MPI", "openmpi") != "openmpi", reason="without a launcher Open MPI is loaded"
-)
-with_one_mpi = pytest.mark.skipif(
-    os.environ.get("MPI", "openmpi") != "openmpi", reason="the same with every MPI"
-)
+ANOTHER_MPI = os.environ.get("MPI", "openmpi") != "openmpi"
+only_open_mpi = pytest.mark.skipif(ANOTHER_MPI, reason="without a launcher Open MPI is loaded")
+with_one_mpi = pytest.mark.skipif(ANOTHER_MPI, reason="the same with every MPI")
 
 
 def test_a_job_is_quiet(start):

@@ -24,12 +24,12 @@ def refuse_files(*paths: Path | None, plot: Path | None) -> None:
     problem = None
     given = [path for path in paths if path is not None]
     places = [path.resolve() for path in given]
-    for path in given:
+    for path, place in zip(given, places, strict=True):
         if not path.parent.is_dir():
             problem = f"{path} cannot be written: there is no folder {path.parent}"
         elif path.is_dir():
             problem = f"{path} cannot be written: it is a folder"
-        elif places.count(path.resolve()) > 1:
+        elif places.count(place) > 1:
             problem = f"{path} was given twice: one file would replace the other"
     if plot is not None:
         try:
