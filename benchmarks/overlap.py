@@ -2,6 +2,7 @@
 
     python benchmarks/overlap.py                        # the MPIs that are installed
     sudo python benchmarks/overlap.py --lab             # also across hosts of benchmarks/lab
+    python benchmarks/overlap.py --device cuda          # on this machine's GPUs; exits 2 without
 
 Runs `mpiddl bench overlap` with one thread a rank, once for each line of RUNS, and writes its JSON
 into benchmarks/results, with the commit. Tables: benchmarks/tables.py.
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from suite import HERE, Run, measure_all
+from suite import HERE, Device, Run, count_gpus, measure_all
 
 NETWORK = (
     "--model mlp --width 1024 --layers 16 --steps 2 --warmup 3 "
@@ -31,14 +32,26 @@ LAB_RUNS = [
 ]
 
 
+def gpu_runs(count: int) -> list[Run]:
+    """For a machine with so many GPUs: each has its own, two ranks share one, and one is alone."""
+    flags = "--engine inline,thread --repeats 15 --candidates after,mpiddl,next,ddp"
+    shared = Run("2_ranks_one_gpu", 2, f"{flags} --device cuda:0")
+    alone = Run("1_rank_one_gpu", 1, "--candidates mpiddl --repeats 25 --device cuda:0")
+    each = Run("one_gpu_each", count, f"{flags},ddp/nccl --device cuda")
+    return [shared, alone, *([each] if count > 1 else [])]
+
+
 def main(
     lab: Annotated[bool, typer.Option("--lab", help="Also across hosts; needs root.")] = False,
+    device: Annotated[Device, typer.Option(help="Where models are.")] = Device.cpu,
     mpi: Annotated[str, typer.Option(help="Comma-separated; default all installed.")] = "",
     only: Annotated[str, typer.Option(help="Runs whose name contains this.")] = "",
     out: Annotated[Path, typer.Option(help="Folder of results.")] = HERE / "results",
 ) -> None:
     """Measure every run with every MPI."""
     runs = [*RUNS, *(LAB_RUNS if lab else [])]
+    if device is Device.cuda:
+        runs = gpu_runs(count_gpus())
     measure_all("overlap", runs, mpi, only, out, {"OMP_NUM_THREADS": "1"})
 
 

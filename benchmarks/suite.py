@@ -8,16 +8,37 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 import typer
 
-__all__ = ["HERE", "Run", "measure_all"]
+__all__ = ["HERE", "Device", "Run", "count_gpus", "measure_all"]
 
 HERE = Path(__file__).parent
 MPIRUN = HERE.parent / "tools" / "mpirun"
 MPIS = ("openmpi", "mpich", "intel", "system")
+
+
+class Device(str, Enum):
+    """Of buffers and models."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+def count_gpus() -> int:
+    """Those that torch sees.
+
+    Raises:
+        typer.Exit: None; status 2, for nothing measured is no success.
+    """
+    if not torch.cuda.is_available():
+        typer.echo("torch sees no GPU here: nothing was measured (docs/gpu.md)", err=True)
+        raise typer.Exit(2)
+    return torch.cuda.device_count()
 
 
 class Run(NamedTuple):

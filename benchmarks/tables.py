@@ -2,17 +2,19 @@
 
     python benchmarks/tables.py
 
-Only what stands between the two comments `tables`, and the two comments `overlap`, in that file is
-replaced.
+Only what stands between the two comments `tables`, and likewise `gpus` and `overlap`, in that file
+is replaced.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from gpu_tables import NOTHING_YET, gpu_facts, gpu_line
 from overlap_tables import overlap_tables
 from tabulate import tabulate
 
@@ -29,6 +31,10 @@ RUNS = {
     "2_hosts_1gbit": "Two hosts, 1 Gbit/s",
     "4_hosts_200mbit": "Four hosts, 200 Mbit/s",
     "2x2_200mbit_cyclic": "Two hosts of two ranks, 200 Mbit/s, ranks dealt in turn",
+}
+GPU_RUNS = {
+    "one_gpu_each": "Ranks of one node with a GPU each",
+    "2_ranks_one_gpu": "Two ranks that share a GPU",
 }
 OVERLAP_RUNS = {
     "2_ranks": "Two ranks on one node, one thread each",
@@ -90,6 +96,13 @@ def _network(report: dict[str, Any], rows: dict[tuple[str, str, str], Row]) -> d
 
 
 def _table(report: dict[str, Any]) -> str:
+    if _on_gpus(report):
+        return _formatted(
+            [
+                {"size": format_bytes(nbytes), **gpu_line(report, list(rows))}
+                for nbytes, rows in groupby(report["rows"], lambda row: row["nbytes"])
+            ]
+        )
     cells_of = _network if "lab" in report["environment"] else _one_node
     if any(row["dtype"] != "float32" for row in report["rows"]):
         cells_of = _dtypes
@@ -99,6 +112,10 @@ def _table(report: dict[str, Any]) -> str:
         rows = {_key(row): row for row in report["rows"] if row["nbytes"] == nbytes}
         lines.append({"size": format_bytes(nbytes), **cells_of(report, rows)})
     return _formatted(lines)
+
+
+def _on_gpus(report: dict[str, Any]) -> bool:
+    return "copy_gbps" in report.get("memory", {})
 
 
 def _formatted(lines: Sequence[dict[str, str]]) -> str:
@@ -116,7 +133,9 @@ def _heading(report: dict[str, Any]) -> str:
         f"{first['node_cores']} cores of {first['cpu']}",
         f"{environment['date'][:10]}, commit {environment['commit']}",
     ]
-    if "lab" in environment:
+    if _on_gpus(report):
+        facts += gpu_facts(report)
+    elif "lab" in environment:
         facts.append(f"plain TCP {environment['tcp_gbps'] * 1e3:.1f} MB/s")
     elif "memory" in report:
         facts.append(f"memory {report['memory']['stream_gbps']:.1f} GB/s")
@@ -151,6 +170,7 @@ def _replaced(page: str, name: str, text: str) -> str:
 
 def main() -> None:
     page = _replaced(PAGE.read_text(), "tables", tables(RUNS, "all_reduce"))
+    page = _replaced(page, "gpus", tables(GPU_RUNS, "all_reduce") or NOTHING_YET)
     PAGE.write_text(_replaced(page, "overlap", tables(OVERLAP_RUNS, "overlap")))
 
 

@@ -67,8 +67,10 @@ def train_epoch(
     """One pass over the training set; means over all ranks."""
     model.train()
     loss_sum = correct = 0.0
+    device = next(model.parameters()).device
     started, exposed_before = time.perf_counter(), model.stats().exposed_seconds
-    for images, labels in loader:
+    for batch in loader:
+        images, labels = (tensor.to(device) for tensor in batch)
         optimizer.zero_grad()
         # (4) Weight gradients by true sample counts: the last batch may not divide by the ranks.
         with model.batch(local=len(labels), total=batches.total):
@@ -97,8 +99,10 @@ def evaluate(model: nn.Module, test: TensorDataset, world: mpiddl.World) -> floa
     """Accuracy over the whole test set: every image counts exactly once, on one of the ranks."""
     model.eval()
     mine = mpiddl.ShardSampler(test, world)
-    correct = torch.zeros(1, dtype=torch.int64)
-    for images, labels in DataLoader(test, batch_size=256, sampler=mine):
+    device = next(model.parameters()).device
+    correct = torch.zeros(1, dtype=torch.int64, device=device)
+    for batch in DataLoader(test, batch_size=256, sampler=mine):
+        images, labels = (tensor.to(device) for tensor in batch)
         correct += (model(images).argmax(1) == labels).sum()
     mpiddl.all_reduce(correct, op="sum")
     return correct.item() / len(test)

@@ -7,6 +7,7 @@ MpiddlError
  +-- SettingsError         an MPIDDL_* variable is unknown or has a bad value
  +-- NotInitializedError   a collective was called before mpiddl.init()
  +-- UnsupportedBufferError  a tensor or array that no collective can work on
+ +-- GpuMemoryError        a GPU has not enough memory left
  +-- MismatchError         ranks disagree: shape, dtype, operation, model
  +-- ReplicaError          replicas are no longer bitwise equal
  +-- TagError              no message tags are left for more gradient buckets
@@ -22,6 +23,7 @@ Those that come of a caller's argument are ``ValueError`` too.
 from __future__ import annotations
 
 __all__ = [
+    "GpuMemoryError",
     "GradientError",
     "LaunchError",
     "MismatchError",
@@ -98,6 +100,10 @@ class NotInitializedError(MpiddlError):
 
 class UnsupportedBufferError(MpiddlError, ValueError):
     """A tensor or array that the collectives cannot work on; it is left as it was."""
+
+
+class GpuMemoryError(MpiddlError):
+    """A GPU has not enough memory left for gradients or for the exchange."""
 
 
 class MismatchError(MpiddlError, ValueError):

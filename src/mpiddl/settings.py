@@ -25,6 +25,7 @@ ALGORITHM_NAMES = (
     "direct",
     "doubling",
     "library",
+    "nccl",
     "reference",
 )
 
@@ -89,6 +90,9 @@ class Settings:
     engine_threads: int = _setting(1, _count, "torch threads of the engine's own thread")
     timeout: float = _setting(
         600.0, parse_seconds, "a wait in which nothing moves for longer ends the job; 0 never does"
+    )
+    staging: str = _setting(
+        "auto", _one_of("auto", "device", "host"), "how GPU memory gets to MPI; auto finds out"
     )
     trace: str = _setting("", str, "folder for a trace of every rank")
 

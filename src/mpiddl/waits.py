@@ -12,7 +12,7 @@ import time
 from collections.abc import Generator, Iterable
 from typing import Protocol, TypeVar
 
-__all__ = ["ALREADY", "AllOf", "Already", "Pause", "Wait", "Waits"]
+__all__ = ["ALREADY", "AllOf", "Already", "Pause", "Queue", "Wait", "Waits"]
 
 T = TypeVar("T")
 
@@ -46,6 +46,44 @@ class AllOf:
     def done(self) -> bool:
         self._open = [wait for wait in self._open if not wait.done()]
         return not self._open
+
+
+class Queue:
+    """Those who take a ticket are served one after the other, in that order.
+
+    Attributes:
+        served: How many have left.
+    """
+
+    def __init__(self) -> None:
+        self._tickets = 0
+        self.served = 0
+
+    def ticket(self) -> Wait:
+        """Done when all that took one before have left."""
+        self._tickets += 1
+        number = self._tickets - 1
+        return ALREADY if self.served == number else _Ticket(self, number)
+
+    @property
+    def idle(self) -> bool:
+        """Nobody is served or waits for it."""
+        return self._tickets == self.served
+
+    def leave(self) -> None:
+        """The one that is served makes room for the next."""
+        self.served += 1
+
+
+class _Ticket:
+    __slots__ = ("_number", "_queue")
+
+    def __init__(self, queue: Queue, number: int) -> None:
+        self._queue = queue
+        self._number = number
+
+    def done(self) -> bool:
+        return self._queue.served == self._number
 
 
 class Pause:

@@ -90,6 +90,8 @@ def test_every_collective_and_algorithm_is_right(start, tmp_path, collective, dt
         (["all-reduce", "--json", "/proc"], "/proc cannot be written: it is a folder"),
         (["all-reduce", "--plot", "a.foo"], "a.foo cannot be drawn: its name must end in .png"),
         (["all-reduce", "--plot", "a.png", "--json", "./a.png"], "a.png was given twice"),
+        (["all-gather", "--device", "cuda:99"], "device 'cuda:99' does not exist: torch sees"),
+        (["all-reduce", "--staging", "host"], "--staging is about GPU memory: add --device cuda"),
         (
             ["all-reduce", "--algorithms", "ring", "--min-busbw", "0.1"],
             "--min-busbw judges auto, which was not measured",
@@ -112,6 +114,8 @@ def test_what_cannot_be_measured_is_said_once(start, arguments, words):
         (["all-reduce", "--dtype", "float8"], "none of"),
         (["all-reduce", "--op", "avg"], "none of"),
         (["all-reduce", "--repeats", "0"], "--repeats"),
+        (["broadcast", "--device", "gpu"], "'gpu' is none of cpu, cuda, cuda:N"),
+        (["all-reduce", "--staging", "device,disk"], "'disk' is none of device, host"),
         (["sum"], "No such command"),
     ],
     ids=lambda value: "=".join(value) if isinstance(value, list) else "",
@@ -131,6 +135,17 @@ def test_what_a_peer_cannot_do_is_left_out_once(start):
     assert job.status == 0, job.both
     assert job.both.count("it has no mean") == 1
     assert job.out.count(" auto ") == 4
+
+
+def test_plain_messages_are_measured_by_name(start, tmp_path):
+    flags = ["--sizes", "8,100,3MiB", "--repeats", "1", "--algorithms", "ring,sendrecv"]
+    job = start(3, [*BENCH, "all-reduce", *flags, "--json", str(tmp_path / "out.json")])
+
+    assert job.status == 0, job.both
+    assert job.out.count("# sendrecv is no all-reduce") == 1
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert len(rows) == 12
+    assert {(row["algorithm"], row["wrong"]) for row in rows} == {("ring", 0), ("sendrecv", None)}
 
 
 def test_one_rank_alone(start):

@@ -23,6 +23,8 @@ def test_a_run_writes_table_json_and_plot(start, tmp_path):
     assert set(report) == {"environment", "plan", "models", "rows"}
     assert all(rank["torch_threads"] == 1 for rank in report["environment"]["ranks"])
     assert report["plan"]["repeats"] == 2
+    assert report["plan"]["device"] == "cpu"
+    assert all(row["device"] == "cpu" for row in report["rows"])
     models = [model["name"] for model in report["models"]]
     assert models == ["mlp", "cnn", "transformer"]
     assert all(model["gradient_bytes"] == 4 * model["parameters"] > 0 for model in report["models"])
@@ -71,6 +73,8 @@ def test_wrong_training_is_found_and_named(start):
         (["--model", "rnn"], "'rnn' is none of mlp, cnn, transformer"),
         (["--bucket-size", "big"], "bucket-size"),
         (["--candidates", "horovod"], "horovod beside rank 0: it is not installed"),
+        (["--candidates", "ddp/nccl"], "ddp/nccl needs a GPU for each rank, and these have none"),
+        (["--device", "tpu"], "'tpu' is none of cpu, cuda"),
     ],
     ids=lambda value: "=".join(value) if isinstance(value, list) else "",
 )

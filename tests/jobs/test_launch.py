@@ -223,16 +223,25 @@ def test_doctor_reports_all_ranks_once(start):
     assert [rank["place"]["rank"] for rank in report["ranks"]] == [0, 1, 2]
     mpi = report["ranks"][0]["mpi"]
     assert mpi["thread_level"].startswith("MPI_THREAD_")
+    answers = {
+        (rank["mpi"]["cuda_aware"], rank["mpi"]["cuda_aware_reason"]) for rank in report["ranks"]
+    }
+    assert len(answers) == 1
     assert mpi["cuda_aware"] in ("yes", "no", "unknown")
+    gpu = report["ranks"][0]["gpu"]
+    if gpu["driver"] is None:
+        assert (gpu["devices"], gpu["device"], mpi["cuda_aware"]) == ([], None, "no")
     assert report["announced_ranks"] == 3
     assert any("OMP_NUM_THREADS=" in trap["fix"] for trap in report["traps"])
 
 
 def test_doctor_for_people(start):
-    job = start(2, ["mpiddl", "doctor"])
+    job = start(2, ["mpiddl", "doctor", "--no-probe"])
 
     assert job.status == 0
     assert job.out.count("ready to train") == 1
+    for row in ("CUDA", "driver", "GPUs", "NCCL", "UCX", "CUDA-aware"):
+        assert sum(line.startswith(f"{row} ") for line in job.out.splitlines()) == 1, row
 
 
 @only_open_mpi

@@ -42,8 +42,12 @@ class Case:
     def given(self, tensor):
         return tensor.numpy() if self.numpy else tensor
 
+    def placed(self, tensor):
+        """An array's memory is the host's."""
+        return tensor.cpu() if self.numpy else tensor
+
     def data(self, rank, length):
-        return buffer_of(rank, length, self.dtype)
+        return self.placed(buffer_of(rank, length, self.dtype))
 
     def input(self, length):
         """This rank's, which must stay as it is."""
@@ -62,7 +66,7 @@ class Case:
         return self.given(tensor)
 
     def reduced(self):
-        return expected(self.op, self.world.size, self.length, self.dtype)
+        return self.placed(expected(self.op, self.world.size, self.length, self.dtype))
 
     def some_lengths(self):
         """One for each rank: all equal, or each its own, with zeros."""

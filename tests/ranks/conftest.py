@@ -2,46 +2,50 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from mpi4py import MPI
+import torch
+from standin import in_place_of_the_host
+from together import EVERYONE, agree, pytest_configure, pytest_runtest_makereport  # noqa: F401
 
 import mpiddl
 from mpiddl.collectives.choose import ALGORITHMS
+from mpiddl.collectives.nccl import nccl_problem
+from mpiddl.devices.registry import device_at
 
-EVERYONE = MPI.COMM_WORLD
 TOP = Path(__file__).parents[2]
 
 
-class DisagreementError(AssertionError):
-    """A check failed on some rank; raised on all of them."""
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device",
+        default="cpu",
+        choices=("cpu", "standin", "cuda"),
+        help="run all tests on the host, on a GPU made of threads, or on this rank's GPU",
+    )
 
 
-@pytest.fixture(scope="session")
-def world():
-    return mpiddl.init()
+def world_of(config):
+    """All ranks, on the kind of device that was asked for. Tests may be left out before the first
+    of them has asked for a fixture."""
+    chosen = config.getoption("device")
+    return mpiddl.init(device="cpu" if chosen == "standin" else chosen)
 
 
-@pytest.fixture(scope="session")  # hypothesis refuses others
-def agree():
-    """``agree(condition, message)`` fails on every rank if it fails on one.
-
-    Uses MPI itself, not the code under test. A plain assert on one rank would leave the others
-    waiting in their next collective.
-    """
-
-    def check(condition, message=""):
-        messages = EVERYONE.allgather(None if condition else str(message) or "disagrees")
-        failed = [f"rank {r}: {text}" for r, text in enumerate(messages) if text is not None]
-        if failed:
-            raise DisagreementError("; ".join(failed))
-
-    return check
+@pytest.fixture(scope="session", autouse=True)
+def world(request):
+    """All ranks; what tests make is on the device that was asked for."""
+    world = world_of(request.config)
+    if request.config.getoption("device") == "standin":
+        with in_place_of_the_host(world):
+            yield world
+    else:
+        torch.set_default_device(world.device)
+        yield world
+        torch.set_default_device(None)
 
 
 @pytest.fixture(scope="session")
@@ -66,33 +70,25 @@ def shared_tmp_path():
         EVERYONE.Barrier()
 
 
+def gpu_problem(config):
+    """Why NCCL cannot be tested; None if it can."""
+    if config.getoption("device") != "cuda":
+        return "works on GPUs"
+    world = world_of(config)
+    return nccl_problem(device_at(world.device), world)
+
+
 def pytest_runtest_setup(item):
-    """The same tests run across hosts."""
-    called = getattr(item, "callspec", None)
-    name = called.params.get("algorithm") if called else None
-    if name in ALGORITHMS and ALGORITHMS[name].one_node and mpiddl.init().num_nodes > 1:
+    """The same tests run across hosts, and on GPUs."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    name = parameters.get("algorithm", parameters.get("name"))
+    algorithm = ALGORITHMS.get(name) if isinstance(name, str) else None
+    if algorithm and algorithm.one_node and world_of(item.config).num_nodes > 1:
         pytest.skip("works within one node")
-
-
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item, call):
-    outcome = yield
-    error = call.excinfo.value if call.excinfo else None
-    alone = error is not None and not isinstance(
-        error, DisagreementError | pytest.skip.Exception | pytest.fail.Exception
-    )
-    if alone and EVERYONE.Get_size() > 1:
-        # This rank's peers may be waiting for it: end the job, but say why first.
-        sys.__stderr__.write(
-            f"\nrank {EVERYONE.Get_rank()} of {EVERYONE.Get_size()} failed alone in {item.nodeid}\n"
-            f"{outcome.get_result().longreprtext}\n"
-        )
-        sys.__stderr__.flush()
-        EVERYONE.Abort(1)
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_configure(config):
-    if EVERYONE.Get_rank() > 0:
-        reporter = config.pluginmanager.getplugin("terminalreporter")
-        reporter._tw._file = open(os.devnull, "w")  # noqa: SIM115 - for the whole run
+    if algorithm and algorithm.gpu and (problem := gpu_problem(item.config)) is not None:
+        pytest.skip(problem)
+    on_gpu = item.config.getoption("device") != "cpu"
+    if algorithm and algorithm.reach and on_gpu and parameters.get("where") != "window":
+        pytest.skip("works on memory that is mapped")
+    if on_gpu and item.get_closest_marker("host"):
+        pytest.skip("about host memory")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 
 import torch
+from samples import seeded
 from torch import nn
 from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel
@@ -25,7 +26,7 @@ def mlp(width=16, depth=3, dtype=torch.float64, seed=1):
 
 def batch(world, step, dtype=torch.float64):
     """This rank's inputs and targets of a step."""
-    generator = torch.Generator().manual_seed(1000 * step + world.rank)
+    generator = seeded(1000 * step + world.rank)
     inputs = torch.randn(ROWS, FEATURES, generator=generator, dtype=torch.float64)
     return inputs.to(dtype), inputs.sin().sum(1, keepdim=True).to(dtype)
 

@@ -40,11 +40,11 @@ class LateEngine(Engine):
         super().__init__()
         self.chance = random.Random(f"{seed} {rank}")
 
-    def submit(self, waits, world, result=None):
-        return super().submit(late(waits, self.chance), world, result)
+    def submit(self, waits, *rest, **named):
+        return super().submit(late(waits, self.chance), *rest, **named)
 
-    def run(self, waits, world):
-        return super().run(late(waits, self.chance), world)
+    def run(self, waits, *rest):
+        return super().run(late(waits, self.chance), *rest)
 
 
 @contextmanager

@@ -14,6 +14,11 @@ FOLDS = {
 }
 
 
+def seeded(seed):
+    """A generator on the device on which tests make their tensors."""
+    return torch.Generator(torch.empty(0).device).manual_seed(seed)
+
+
 def buffer_of(rank, length, dtype):
     """Small positive integers: sums and products of four are exact in every dtype but int8's."""
     return ((torch.arange(length) * 5 + rank * 3) % 4).to(dtype)

@@ -102,7 +102,7 @@ def test_autocast(world, agree):
         for step in range(3):
             inputs, targets = batch(world, step, torch.float32)
             optimizer.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(world.device.type, torch.bfloat16):
                 outputs = model(inputs)
                 assert outputs.dtype is torch.bfloat16
             mse_loss(outputs.float(), targets).backward()
@@ -120,7 +120,7 @@ def test_grad_scaler_skips_a_step_on_all_ranks(world, agree, accumulates):
 
     def loop(model):
         optimizer = sgd(model)
-        scaler = torch.amp.GradScaler("cpu", init_scale=16.0, growth_interval=2)
+        scaler = torch.amp.GradScaler(world.device.type, init_scale=16.0, growth_interval=2)
         for step in range(4):
             inputs, targets = batch(world, step)
             if step == 1 and world.rank == world.size - 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from ddp import FEATURES, batch, both, difference, mlp, sgd, train
+from samples import seeded
 from torch import nn
 from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel
@@ -178,9 +179,7 @@ def test_sparse_gradients_of_embeddings(world, agree):
     def loop(model):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         for step in range(3):
-            tokens = torch.randint(
-                0, 20, (4, 3), generator=torch.Generator().manual_seed(10 * step + world.rank)
-            )
+            tokens = torch.randint(0, 20, (4, 3), generator=seeded(10 * step + world.rank))
             optimizer.zero_grad()
             model(tokens).square().mean().backward()
             agree(model.module[0].weight.grad.is_sparse)

@@ -7,13 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import buffer_of, expected
+from samples import buffer_of, expected, seeded
 
 import mpiddl
 from mpiddl.collectives.channel import Channel
 from mpiddl.collectives.choose import ALGORITHMS
 from mpiddl.collectives.reduction import DTYPES, FLOATS, Reduction
 from mpiddl.devices.host import HOST
+from mpiddl.devices.registry import device_of
 from mpiddl.overlap.engine import engine_of
 
 OPS = ("sum", "min", "max", "prod")
@@ -21,9 +22,9 @@ MESSAGE_ALGORITHMS = ("ring", "doubling", "direct", "reference")
 
 
 def run(world, algorithm, buffer, reduction, chunk_bytes):
-    channel = Channel(world, world.tags.foreground())
-    waits = ALGORITHMS[algorithm].run(buffer, reduction, channel, HOST, chunk_bytes)
-    engine_of(world).run(waits, world)
+    channel, device = Channel(world, world.tags.foreground()), device_of(buffer)
+    waits = ALGORITHMS[algorithm].run(buffer, reduction, channel, device, chunk_bytes)
+    engine_of(world).run(waits, world, device)
 
 
 @given(
@@ -99,10 +100,7 @@ def test_mean(world, agree, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_ring_rounds_16_bit_sums_once_per_hop(world, agree, dtype):
     """|error| <= (n-1) eps/2 times the sum of magnitudes: one rounding at each addition."""
-    inputs = [
-        torch.randn(4001, generator=torch.Generator().manual_seed(rank)).to(dtype)
-        for rank in range(world.size)
-    ]
+    inputs = [torch.randn(4001, generator=seeded(rank)).to(dtype) for rank in range(world.size)]
     buffer = inputs[world.rank].clone()
 
     mpiddl.all_reduce(buffer, op="sum", algorithm="ring")
@@ -125,11 +123,11 @@ def test_reference_rounds_16_bit_sums_once(world, agree, dtype):
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_same_bits_on_every_rank(world, agree, algorithm):
-    buffer = torch.randn(10_007, generator=torch.Generator().manual_seed(world.rank))
+    buffer = torch.randn(10_007, generator=seeded(world.rank))
 
     mpiddl.all_reduce(buffer, algorithm=algorithm)
 
-    digests = mpiddl.gather_json(buffer.numpy().tobytes().hex()[:4000])
+    digests = mpiddl.gather_json(buffer.cpu().numpy().tobytes().hex()[:4000])
     agree(len(set(digests)) == 1, "bits differ")
 
 
@@ -145,11 +143,11 @@ def test_nan_spreads(world, agree, op):
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "int32", "uint8"])
 def test_numpy_arrays(world, agree, dtype):
-    array = buffer_of(world.rank, 35, torch.int64).numpy().astype(dtype).reshape(5, 7)
+    array = buffer_of(world.rank, 35, torch.int64).cpu().numpy().astype(dtype).reshape(5, 7)
 
     result = mpiddl.all_reduce(array, op="max")
 
-    want = expected("max", world.size, 35, torch.int64).numpy().reshape(5, 7)
+    want = expected("max", world.size, 35, torch.int64).cpu().numpy().reshape(5, 7)
     agree(result is array and numpy.array_equal(array, want), array)
 
 
@@ -238,6 +236,7 @@ def overlaps(buffer, messages):
     )
 
 
+@pytest.mark.host
 @pytest.mark.parametrize("length", [1, 10, 64, 1000, 5003])
 @pytest.mark.parametrize("weight", [None, 0.5])
 def test_the_ring_leaves_memory_alone_while_mpi_has_it(world, agree, length, weight):

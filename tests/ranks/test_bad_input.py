@@ -184,7 +184,10 @@ def test_each_odd_rank_is_shown_with_its_own_call(world, agree):
     if world.size == 1:
         pytest.skip("one rank cannot disagree")
     ones = torch.ones(2)
-    words = [f"broadcast(root={rank}) of float32[2]' on rank {rank}" for rank in range(world.size)]
+    place = "" if world.device.type == "cpu" else f" on {world.device.type}"
+    words = [
+        f"broadcast(root={rank}) of float32[2]{place}' on rank {rank}" for rank in range(world.size)
+    ]
     refused(agree, MismatchError, words, lambda: mpiddl.broadcast(ones, world.rank, check=True))
 
 
@@ -199,7 +202,7 @@ def test_the_default_device_is_not_used_inside(world, agree):
         mpiddl.barrier()
         total = mpiddl.all_reduce(numpy.ones(3))
     finally:
-        torch.set_default_device("cpu")
+        torch.set_default_device(world.device)
     agree(gathered == list(range(world.size)) and total[0] == world.size)
 
 

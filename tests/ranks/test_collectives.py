@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from samples import buffer_of, expected
+from samples import buffer_of, expected, seeded
 
 import mpiddl
 
@@ -47,7 +47,7 @@ def test_barrier_waits_for_the_last(world, agree, shared_tmp_path):
 
 
 def test_async_works_may_be_waited_for_in_any_order(world, agree):
-    order = torch.randperm(50, generator=torch.Generator().manual_seed(world.rank)).tolist()
+    order = torch.randperm(50, generator=seeded(world.rank)).tolist()
     buffers = [buffer_of(world.rank, 10 * number, torch.float32) for number in range(50)]
 
     works = [mpiddl.all_reduce(buffer, async_=True) for buffer in buffers]
@@ -86,11 +86,13 @@ def test_a_rank_may_stay_out_of_a_split(world, agree):
         group.close()
 
 
-def test_world_describes_the_layout(world, agree):
+def test_world_describes_the_layout(world, agree, request):
     agree(mpiddl.init() is world, "init is not idempotent")
     agree(world.local_rank == world.rank and world.local_size == world.size, world)
     agree(world.node_rank == 0 and world.num_nodes == 1, world)
-    agree(world.device.type == "cpu" and world.hostname, world)
+    kind = "cuda" if request.config.getoption("device") == "cuda" else "cpu"
+    agree(world.device.type == kind and world.on_gpu == (kind == "cuda"), world.device)
+    agree(world.hostname, world)
 
 
 def test_two_hundred_worlds_come_and_go(world, agree):

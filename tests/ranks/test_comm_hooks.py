@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from samples import seeded
 from torch import nn
 
 import mpiddl
@@ -18,7 +19,7 @@ def make():
 
 
 def loss(model, rank):
-    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(rank))
+    x = torch.randn(4, 6, generator=seeded(rank))
     return model(x).square().mean()
 
 

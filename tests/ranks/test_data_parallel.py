@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from samples import seeded
 from torch import nn
 from torch.nn.functional import mse_loss
 
@@ -19,7 +20,7 @@ SAMPLES, FEATURES = 50, 6
 
 
 def data():
-    generator = torch.Generator().manual_seed(5)
+    generator = seeded(5)
     inputs = torch.randn(SAMPLES, FEATURES, generator=generator, dtype=torch.float64)
     return inputs, inputs.sin().sum(1, keepdim=True)
 
@@ -161,9 +162,7 @@ def test_channels_last_gradients_keep_their_strides(world, agree):
         return nn.Sequential(convolution, nn.Flatten(), nn.Linear(8 * 16, 2).double())
 
     def loss(model, rank):
-        images = torch.randn(
-            2, 3, 6, 6, generator=torch.Generator().manual_seed(rank), dtype=torch.float64
-        )
+        images = torch.randn(2, 3, 6, 6, generator=seeded(rank), dtype=torch.float64)
         return model(images.to(memory_format=torch.channels_last)).square().mean()
 
     model, want = mpiddl.DataParallel(make()), None
@@ -332,7 +331,7 @@ def test_models_that_cannot_be_wrapped(world, agree):
         mpiddl.DataParallel(nn.Linear(2, 2, dtype=torch.complex64))
     with pytest.raises(ValueError, match="run one forward"):
         mpiddl.DataParallel(nn.LazyLinear(3))
-    with pytest.raises(ValueError, match="'weight' is on meta"):
+    with pytest.raises(ValueError, match="'weight' is a tensor on meta"):
         mpiddl.DataParallel(nn.Linear(2, 2, device="meta"))
     with pytest.raises(ValueError, match="unknown algorithm 'tree'"):
         mpiddl.DataParallel(make_model(), algorithm="tree")

@@ -17,7 +17,7 @@ from mpiddl.collectives.channel import Channel
 from mpiddl.collectives.reduction import Reduction
 from mpiddl.collectives.ring import ring_all_reduce
 from mpiddl.comm.messages import Credits
-from mpiddl.devices.host import HOST
+from mpiddl.devices.registry import device_of
 from mpiddl.overlap.engine import Engine
 from mpiddl.overlap.work import Work
 from mpiddl.waits import ALREADY
@@ -48,7 +48,19 @@ def reduction(world, tag, buffer, before=None):
     if before is not None:
         yield before
     channel = Channel(world, tag)
-    yield from ring_all_reduce(buffer, Reduction("sum"), channel, HOST, CHUNK_BYTES)
+    yield from ring_all_reduce(buffer, Reduction("sum"), channel, device_of(buffer), CHUNK_BYTES)
+
+
+def submit(engine, world, tag, buffer, before=None):
+    """Start that: a GPU's stream takes over from the caller's."""
+    waits = reduction(world, tag, buffer, before)
+    return engine.submit(waits, world, device=device_of(buffer))
+
+
+def wait_for(works):
+    """Until all are complete, and the caller's stream may use what they reduced."""
+    for work in works:
+        work.wait()
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -58,8 +70,9 @@ def test_another_ready_order_on_every_rank(world, agree, engine, seed):
     buffers = [buffer_of(world.rank, length, torch.float32) for length in lengths]
     order = random.Random(f"{seed} {world.rank}").sample(range(len(lengths)), len(lengths))
 
-    works = [engine.submit(reduction(world, tags[n], buffers[n]), world) for n in order]
+    works = [submit(engine, world, tags[n], buffers[n]) for n in order]
     engine.drive(works)
+    wait_for(works)
 
     for number, length in enumerate(lengths):
         want = expected("sum", world.size, length, torch.float32)
@@ -71,10 +84,8 @@ def test_a_later_bucket_completes_while_an_earlier_is_held_back(world, agree, en
     tags = world.tags.keep(2)
     early, late = (buffer_of(world.rank, 2000, torch.float32) for _ in range(2))
     gate = Held()
-    first = engine.submit(
-        reduction(world, tags[0], early, gate if world.rank == 0 else None), world
-    )
-    second = engine.submit(reduction(world, tags[1], late), world)
+    first = submit(engine, world, tags[0], early, gate if world.rank == 0 else None)
+    second = submit(engine, world, tags[1], late)
 
     second.wait()
     want = expected("sum", world.size, 2000, torch.float32)
@@ -94,13 +105,14 @@ def test_a_foreground_collective_while_a_bucket_waits(world, agree):
     engine = mpiddl.overlap.engine.engine_of(world)
     works = []
     if world.rank != world.size - 1:
-        works.append(engine.submit(reduction(world, tag, bucket), world))
+        works.append(submit(engine, world, tag, bucket))
     total = torch.ones(10)
 
     mpiddl.all_reduce(total)
     if not works:
-        works.append(engine.submit(reduction(world, tag, bucket), world))
+        works.append(submit(engine, world, tag, bucket))
     engine.drive(works)
+    wait_for(works)
 
     agree(torch.equal(total, torch.full((10,), float(world.size))), total)
     agree(torch.equal(bucket, expected("sum", world.size, 3000, torch.float32)))
@@ -111,10 +123,11 @@ def test_a_thread_goes_on_while_the_main_thread_computes(world, agree):
     engine = Engine(threaded=True)
     buffer = buffer_of(world.rank, 5000, torch.float32)
 
-    work = engine.submit(reduction(world, world.tags.keep(1)[0], buffer), world)
+    work = submit(engine, world, world.tags.keep(1)[0], buffer)
     while not work.complete:
         torch.ones(10).sum()
 
+    wait_for([work])
     agree(torch.equal(buffer, expected("sum", world.size, 5000, torch.float32)))
     MPI.COMM_WORLD.Barrier()
     engine.stop()
@@ -175,7 +188,7 @@ def test_a_thread_gets_its_result_while_another_waits(world, agree):
     driver = Engine()
     gate = Held()
     buffer = buffer_of(world.rank, 100, torch.float32)
-    held = driver.submit(reduction(world, tags[0], buffer, gate), world)
+    held = submit(driver, world, tags[0], buffer, gate)
     waiting = threading.Thread(target=held.wait)
     waiting.start()
 
@@ -206,7 +219,7 @@ def test_inference_tensors_in_the_engines_thread(world, agree):
     driver = Engine(threaded=True)
     with torch.inference_mode():
         buffer = buffer_of(world.rank, 1000, torch.float32)
-        driver.submit(reduction(world, world.tags.keep(1)[0], buffer), world).wait()
+        submit(driver, world, world.tags.keep(1)[0], buffer).wait()
         agree(torch.equal(buffer, expected("sum", world.size, 1000, torch.float32)))
     driver.stop()
 
@@ -284,16 +297,17 @@ def test_an_urgent_bucket_overtakes_a_large_one_in_the_middle(world, agree, engi
 
     def reducing(tag, buffer, gate=None):
         channel = Channel(world, tag, room=room)
-        waits = ring_all_reduce(buffer, Reduction("sum"), channel, HOST, CHUNK_BYTES)
+        device = device_of(buffer)
+        waits = ring_all_reduce(buffer, Reduction("sum"), channel, device, CHUNK_BYTES)
         for turn, wait in enumerate(waits):
             if turn == 100 and gate is not None:
                 yield gate
             yield wait
         complete.append(len(buffer))
 
-    first = engine.submit(reducing(tags[0], large, gate), world)
+    first = engine.submit(reducing(tags[0], large, gate), world, device=device_of(large))
     MPI.COMM_WORLD.Barrier()
-    second = engine.submit(reducing(tags[1], small), world, priority=1)
+    second = engine.submit(reducing(tags[1], small), world, priority=1, device=device_of(small))
     MPI.COMM_WORLD.Barrier()  # both are under way on every rank
     gate.released = True
     second.wait()

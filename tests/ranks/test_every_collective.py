@@ -11,7 +11,7 @@ from cases import MOVED_ONLY, MOVES, NAMES, Case
 from delays import delayed
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import buffer_of
+from samples import buffer_of, seeded
 
 import mpiddl
 from mpiddl.collectives.choose import ALGORITHMS
@@ -221,10 +221,7 @@ def test_scales_before_and_after(world, agree, dtype, algorithm, op):
 def test_reduce_and_reduce_scatter_round_16_bits_once(world, agree, dtype):
     """The same bits as an addition in float32 (float64), in rank order, rounded at the end."""
     wide = torch.float32 if dtype.itemsize == 2 else dtype
-    inputs = [
-        torch.randn(1001, generator=torch.Generator().manual_seed(rank)).to(dtype)
-        for rank in range(world.size)
-    ]
+    inputs = [torch.randn(1001, generator=seeded(rank)).to(dtype) for rank in range(world.size)]
     want = inputs[0].to(wide)
     for other in inputs[1:]:
         want = want + other.to(wide)

@@ -8,6 +8,7 @@ from contextlib import ExitStack, nullcontext
 import pytest
 import torch
 from mpi4py import MPI
+from samples import seeded
 from torch import nn
 from torch.nn.functional import mse_loss
 
@@ -23,7 +24,7 @@ LENGTHS = (2, 3, 4)
 
 
 def batch_of(rank, step):
-    generator = torch.Generator().manual_seed(100 * rank + step)
+    generator = seeded(100 * rank + step)
     rows = LENGTHS[(rank + step) % len(LENGTHS)]
     inputs = torch.randn(rows, 6, generator=generator, dtype=torch.float64)
     return inputs, inputs.sin().sum(1, keepdim=True)
@@ -110,7 +111,7 @@ def near(a, b):
 def bits(value):
     """A fingerprint of nested state, the same on ranks that hold the same bits."""
     if isinstance(value, torch.Tensor):
-        return hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest()
+        return hashlib.sha256(value.contiguous().cpu().numpy().tobytes()).hexdigest()
     if isinstance(value, dict):
         return {key: bits(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

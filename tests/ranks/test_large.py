@@ -25,7 +25,9 @@ def enough_memory(world):
 
 
 def zeros():
-    """Bytes that take no memory before they are written."""
+    """Bytes that, on the host, take no memory before they are written."""
+    if torch.empty(0).is_cuda:
+        return torch.zeros(LENGTH, dtype=torch.uint8)
     return torch.frombuffer(mmap.mmap(-1, LENGTH), dtype=torch.uint8)
 
 

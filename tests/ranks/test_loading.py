@@ -34,6 +34,7 @@ def test_every_sample_once_per_epoch(world, agree, length, drop_last):
             agree(totals == {sum(sizes)} and max(sizes) - min(sizes) <= 1, step)
 
 
+@pytest.mark.host
 def test_forkserver_workers(world, agree):
     samples = dataset(53)
     batches = mpiddl.ShardBatchSampler(samples, world, batch_size=8)

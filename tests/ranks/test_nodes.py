@@ -26,7 +26,7 @@ def nodes(request, world, monkeypatch):
         pytest.skip("these are real ones")
     color = LAYOUTS[request.param](world.rank)
     monkeypatch.setattr(worlds, "_node_of", lambda comm: comm.Split(color, comm.Get_rank()))
-    with World(world._comm, world.launch, world.settings) as apart:
+    with World(world._comm, world.launch, world.settings, world.device) as apart:
         yield apart
 
 
@@ -58,12 +58,14 @@ def test_every_algorithm(nodes, agree, name, dtype, where):
 
 def test_a_mean_and_unequal_weights(nodes, agree):
     for length in (3, 100_000):
-        buffer = buffer_of(nodes.rank, length, torch.float32)
+        buffer = mpiddl.empty(length, world=nodes)
+        buffer.copy_(buffer_of(nodes.rank, length, torch.float32))
         weight = nodes.rank / 2
         mpiddl.all_reduce(buffer, algorithm="hierarchical", pre_scale=weight, world=nodes)
         want = sum(r / 2 * buffer_of(r, length, torch.float32) for r in range(nodes.size))
         agree(torch.allclose(buffer, want), f"{buffer[:9]}, not {want[:9]}")
-        mean = buffer_of(nodes.rank, length, torch.float32)
+        mean = mpiddl.empty(length, world=nodes)
+        mean.copy_(buffer_of(nodes.rank, length, torch.float32))
         mpiddl.all_reduce(mean, "mean", algorithm="hierarchical", world=nodes)
         want = expected("sum", nodes.size, length, torch.float32) / nodes.size
         agree(torch.allclose(mean, want), f"{mean[:9]}, not {want[:9]}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from samples import seeded
 from torch import nn
 
 import mpiddl
@@ -31,7 +32,7 @@ class Backwards(nn.Module):
 
 
 def loss_of(model, rank, step=0):
-    generator = torch.Generator().manual_seed(10 * step + rank)
+    generator = seeded(10 * step + rank)
     inputs = torch.randn(5, FEATURES, generator=generator, dtype=torch.float64)
     return model(inputs).square().mean()
 

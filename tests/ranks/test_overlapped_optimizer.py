@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from samples import seeded
 from torch import nn
 
 import mpiddl
@@ -45,7 +46,7 @@ def make(kind):
 
 
 def batch(kind, world, step):
-    generator = torch.Generator().manual_seed(100 * step + world.rank)
+    generator = seeded(100 * step + world.rank)
     if kind == "tied":
         return torch.randint(0, 12, (3, 5), generator=generator)
     return torch.randn(4, 6, generator=generator)

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from samples import seeded
 from torch import nn
 
 import mpiddl
@@ -22,9 +23,7 @@ def make_model(dtype=torch.float64):
 
 
 def tokens_of(rank, step=0, count=4):
-    return torch.randint(
-        0, WORDS, (count, 3), generator=torch.Generator().manual_seed(rank + 100 * step)
-    )
+    return torch.randint(0, WORDS, (count, 3), generator=seeded(rank + 100 * step))
 
 
 def loss_of(model, tokens):

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from samples import seeded
 from torch import nn
 from torch.nn.functional import mse_loss
 
@@ -21,7 +22,7 @@ UNEVEN = (4, 1, 0, 3)
 
 def inputs_of(rank, rows, dims=3, offset=0.0, dtype=torch.float64):
     """``dims`` of them beyond the rows: channels, and places."""
-    generator = torch.Generator().manual_seed(rank)
+    generator = seeded(rank)
     shape = (rows, CHANNELS, 2, 3, 2)[: dims + 1]
     values = torch.randn(shape, generator=generator, dtype=torch.float64) * (rank + 1)
     return (values + offset).to(dtype)
@@ -235,7 +236,7 @@ def test_layers_are_copied_and_saved(world, agree):
 @pytest.mark.parametrize("inputs", [torch.zeros(2), torch.zeros(2, 4), torch.zeros(0, 3)], ids=str)
 def test_inputs_that_have_no_statistics(world, agree, inputs):
     with pytest.raises(ValueError, match="SyncBatchNorm"):
-        mpiddl.SyncBatchNorm(CHANNELS)(inputs)
+        mpiddl.SyncBatchNorm(CHANNELS)(inputs.to(world.device))
     agree(True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from samples import seeded
 from torch import nn
 
 import mpiddl
@@ -26,7 +27,7 @@ class Branches(nn.Module):
 
 
 def inputs_of(rank, step=0):
-    generator = torch.Generator().manual_seed(10 * step + rank)
+    generator = seeded(10 * step + rank)
     return torch.randn(3, FEATURES, generator=generator, dtype=torch.float64)
 
 

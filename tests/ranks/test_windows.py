@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from samples import buffer_of, expected
+from samples import buffer_of, expected, seeded
 
 import mpiddl
 from mpiddl.collectives.channel import Channel
 from mpiddl.collectives.choose import ALGORITHMS
 from mpiddl.collectives.lanes import kept_lanes, place_of
 from mpiddl.collectives.reduction import DTYPES, Reduction
-from mpiddl.devices.host import HOST
+from mpiddl.devices.registry import device_of
 from mpiddl.errors import MismatchError, UnsupportedBufferError
 from mpiddl.overlap.engine import engine_of
 
@@ -54,12 +54,15 @@ def test_empty_is_what_was_asked_for(world, agree):
 
 
 def test_empty_is_in_a_window(world, agree):
-    tensor = mpiddl.empty(1000)
-    agree((place_of(world, tensor[3:]).window > 0) == (world.size > 1))
-    agree(place_of(world, tensor[3:]).offset == (12 if world.size > 1 else 0))
-    agree(place_of(world, torch.empty(1000)).window == 0)
+    tensor, private = mpiddl.empty(1000), torch.empty(1000)
+    device = device_of(tensor)
+    shared = world.size > 1 or device.late
+    agree((place_of(world, tensor[3:], device).window > 0) == shared)
+    agree(place_of(world, tensor[3:], device).offset == (12 if shared else 0))
+    agree(place_of(world, private, device).window == 0)
 
 
+@pytest.mark.host
 def test_memory_lives_as_long_as_a_view_of_it(world, agree):
     gc.collect()
     before = mapped()
@@ -126,7 +129,7 @@ def test_the_short_way_and_the_long_way_meet(world, agree, place, op, length):
 def test_bits_do_not_depend_on_places(world, agree, algorithm, dtype, op):
     """Whole or in parts, in a window or not: each element is the same to the last bit."""
     length = 300_001
-    generator = torch.Generator().manual_seed(world.rank)
+    generator = seeded(world.rank)
     values = torch.randn(length, generator=generator).to(dtype)
     whole = values.clone()
     mpiddl.all_reduce(whole, op, algorithm=algorithm)
@@ -156,8 +159,9 @@ def test_opposite_orders_on_different_ranks(world, agree, channels, algorithm, l
 
     def start(number):
         run = ALGORITHMS[algorithm].run
-        waits = run(buffers[number], Reduction("sum"), channels[number], HOST, 4096)
-        return engine.submit(waits, world)
+        device = device_of(buffers[number])
+        waits = run(buffers[number], Reduction("sum"), channels[number], device, 4096)
+        return engine.submit(waits, world, device=device)
 
     first = world.rank % 2
     for number in (first, 1 - first):
@@ -178,7 +182,9 @@ def test_a_users_collective_while_a_bucket_waits_for_a_late_rank(world, agree, c
 
     def start():
         run = ALGORITHMS[algorithm].run
-        return engine.submit(run(bucket, Reduction("sum"), channels[0], HOST, 4096), world)
+        device = device_of(bucket)
+        waits = run(bucket, Reduction("sum"), channels[0], device, 4096)
+        return engine.submit(waits, world, device=device)
 
     work = None if world.rank == late else start()
     for size in (10, 50_000, length):

@@ -9,16 +9,17 @@ import pytest
 import torch
 
 from mpiddl.measure.bandwidth import Row, busbw_factor
+from mpiddl.measure.gpu_memory import gpu_busbw_limit
 from mpiddl.measure.memory import busbw_limit
 from mpiddl.measure.patterns import COLLECTIVES, count_wrong, fill, lengths
 from mpiddl.measure.plots import plot_bandwidth
-from mpiddl.measure.report import HEADINGS, line_of, write_csv, write_json
+from mpiddl.measure.report import HEADINGS, line_of, memory_lines, write_csv, write_json
 from mpiddl.units import parse_sizes
 
 MIB = 1 << 20
 
 
-def row(algorithm="auto", placement="plain", nbytes=MIB, gbps=4.0, wrong=0):
+def row(algorithm="auto", placement="plain", nbytes=MIB, gbps=4.0, wrong=0, staging=None):
     seconds = nbytes / gbps / 1e9
     return Row(
         collective="all-reduce",
@@ -33,6 +34,7 @@ def row(algorithm="auto", placement="plain", nbytes=MIB, gbps=4.0, wrong=0):
         algbw=gbps,
         busbw=gbps,
         wrong=wrong,
+        staging=staging,
     )
 
 
@@ -75,6 +77,33 @@ def test_memory_limit_of_an_all_reduce():
     for n in (2, 3, 4, 8):
         seconds_per_byte = 2 * n / 120e9
         assert busbw_limit(120.0, n) == pytest.approx(2 * (n - 1) / n / seconds_per_byte / 1e9)
+
+
+GPU_MEMORY = {"stream_gbps": 100.0, "copy_gbps": 3000.0, "peer_gbps": 200.0, "pcie_gbps": 25.0}
+
+
+@pytest.mark.parametrize(
+    ("sharers", "peer_gbps", "limit"),
+    [
+        (4, 200.0, 3000 * 3 / 16),  # one GPU: its memory alone
+        (1, 200.0, 200.0),  # one each: the links
+        (1, 5000.0, 3000 * 3 / 16),  # links that are faster than memory
+        (2, 200.0, 3000 * 3 / 16),  # shared, but not by all: only memory is known to hold
+        (1, None, 3000 * 3 / 16),  # not mapped
+    ],
+)
+def test_limit_of_an_all_reduce_on_gpus(sharers, peer_gbps, limit):
+    memory = GPU_MEMORY | {"peer_gbps": peer_gbps}
+
+    assert gpu_busbw_limit(memory, 4, sharers) == pytest.approx(limit)
+
+
+def test_memory_is_told():
+    assert memory_lines({"stream_gbps": 100.0}).count("#") == 1
+    told = memory_lines(GPU_MEMORY)
+    for gbps in ("100.0", "3000.0", "200.0", "25.0"):
+        assert f"{gbps} GB/s" in told
+    assert "cannot be mapped" in memory_lines(GPU_MEMORY | {"peer_gbps": None})
 
 
 def outputs(collective, op, dtype, ranks, length=30_000):
@@ -168,7 +197,9 @@ def test_a_report_as_json_and_csv(tmp_path):
 
     read = json.loads((tmp_path / "a.json").read_text())
     assert set(read) == {"environment", "rows", "memory"}
-    names = "collective algorithm nbytes dtype op ranks seconds seconds_p99 algbw busbw wrong"
+    names = (
+        "collective algorithm nbytes dtype op ranks seconds seconds_p99 algbw busbw wrong staging"
+    )
     assert set(names.split()) <= set(read["rows"][0])
     with (tmp_path / "a.csv").open() as file:
         lines = list(csv.DictReader(file))
@@ -187,6 +218,13 @@ def test_the_table_is_aligned():
         assert text[end : end + 1] in (" ", ""), name
 
 
+def test_staging_stands_beside_the_memory():
+    lines = [line_of(row(staging=way), None).split() for way in (None, "device", "host")]
+
+    assert [line[5] for line in lines] == ["plain", "plain/device", "plain/host"]
+    assert len({len(line_of(row(staging=way), None)) for way in (None, "device")}) == 1
+
+
 def test_slow_networks_keep_their_digits():
     assert line_of(row(gbps=0.02345), None).split()[-3] == "0.0234"
     assert line_of(row(gbps=12.345), None).split()[-3] == "12.35"
@@ -195,12 +233,19 @@ def test_slow_networks_keep_their_digits():
 def test_a_plot_has_every_algorithm(tmp_path):
     pytest.importorskip("matplotlib")
     rows = [
-        row(algorithm, placement, nbytes, gbps)
-        for algorithm, placement, gbps in [("auto", "empty", 9), ("library", "plain", 3)]
+        row(algorithm, placement, nbytes, gbps, staging=staging)
+        for algorithm, placement, gbps, staging in [
+            ("auto", "empty", 9, None),
+            ("library", "plain", 3, None),
+            ("ring", "plain", 2, "device"),
+            ("ring", "plain", 1, "host"),
+        ]
         for nbytes in (1024, 4096, MIB)
     ]
     plot_bandwidth(tmp_path / "a.svg", rows, 25.0, "all-reduce")
 
     drawn = (tmp_path / "a.svg").read_text()
-    for text in ("auto, mpiddl.empty", "library, plain tensor", "memory limit", "4KiB"):
+    lines = ["auto, mpiddl.empty", "library, plain tensor", "memory limit", "4KiB"]
+    lines += [f"ring, plain tensor, staging {way}" for way in ("device", "host")]
+    for text in lines:
         assert f"<!-- {text} -->" in drawn, text

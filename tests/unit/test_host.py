@@ -71,7 +71,7 @@ def test_weighted_16_bit_sums_are_rounded_once(dtype, where):
     wide = [source.double() * weight for source, weight in zip(sources, weights, strict=True)]
     want = (wide[0] + wide[1] + wide[2]).to(dtype).double()
     target = {"first": sources[0], "last": sources[2], "elsewhere": torch.empty_like(sources[0])}
-    HostDevice().combine("sum", sources, weights, target[where])
+    HostDevice().combine("sum", sources, weights, [target[where]])
 
     # float32's own rounding may tip a value that lies between two, hardly ever.
     assert (target[where].double() != want).float().mean() < 1e-3

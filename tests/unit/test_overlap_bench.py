@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy
 import pytest
 import torch
 
+from mpiddl.errors import PeerError
+from mpiddl.measure import models, overlap_candidates
 from mpiddl.measure.models import DEFAULTS, ModelSpec, batches, build, loss_of
 from mpiddl.measure.overlap import Row, deviations, distances_of, median_and_interval
-from mpiddl.measure.overlap_candidates import expanded
+from mpiddl.measure.overlap_candidates import Others, expanded
 from mpiddl.measure.overlap_report import HEADINGS, describe_model, line_of, problems, ratios
 from mpiddl.measure.plots import plot_overlap
 from mpiddl.measure.steps import Training, Way, fingerprint, sgd
@@ -61,6 +64,13 @@ def row(candidate="mpiddl/inline", model="mlp", exposed=0.010, deviation=0.0):
             + 64 * 256  # places
             + 4 * (4 * (256 * 256 + 256) + 2 * 4 * 256 * 256 + 4 * 256 + 256 + 4 * 256)
             + (256 * 512 + 512),
+        ),
+        (
+            "transformer-large",
+            512 * 768  # tokens
+            + 256 * 768  # places
+            + 14 * (4 * (768 * 768 + 768) + 2 * 4 * 768 * 768 + 4 * 768 + 768 + 4 * 768)
+            + (768 * 512 + 512),
         ),
     ],
 )
@@ -254,6 +264,28 @@ def test_ratios_to_ddp_for_each_model_and_together():
         "exposed by mpiddl/inline / by ddp: mlp 0.25, cnn 0.33, together 0.30",
     ]
     assert ratios(rows[:2]) == []
+
+
+def test_ratios_to_ddp_on_nccl_where_it_ran():
+    rows = [row("none", exposed=0.0), row(exposed=0.010), row("ddp", exposed=0.040)]
+    rows.append(row("ddp/nccl", exposed=0.005))
+
+    assert ratios(rows) == [
+        "exposed by mpiddl/inline / by ddp: mlp 0.25",
+        "exposed by mpiddl/inline / by ddp/nccl: mlp 2.00",
+    ]
+
+
+@pytest.mark.parametrize(("sharers", "words"), [(0, "have none"), (2, "up to 2 ranks share one")])
+def test_nccl_wants_a_gpu_for_each_rank(sharers, words):
+    with pytest.raises(PeerError, match=words):
+        Others(SimpleNamespace(gpu_sharers=sharers)).find("nccl")
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_what_is_usual_is_known(kind):
+    assert set(models.USUAL[kind].split(",")) <= set(DEFAULTS)
+    assert set(overlap_candidates.USUAL[kind].split(",")) <= set(overlap_candidates.NAMES)
 
 
 def test_engines_are_candidates_of_their_own():

@@ -24,11 +24,13 @@ def test_all_settings_are_read():
             "MPIDDL_ENGINE": "thread",
             "MPIDDL_ENGINE_THREADS": "2",
             "MPIDDL_TIMEOUT": "10m",
+            "MPIDDL_STAGING": "host",
             "MPIDDL_TRACE": "traces",
         }
     )
+    sizes, times = (4 << 20, 64 << 10), (2, 600.0)
     assert settings == Settings(
-        *("ring", True, 4 << 20, 64 << 10, False, "table.json", "thread", 2, 600.0, "traces")
+        *("ring", True, *sizes, False, "table.json", "thread", *times, "host", "traces")
     )
 
 
@@ -44,8 +46,9 @@ def test_all_settings_are_read():
         (
             "MPIDDL_ALGORITHM",
             "foo",
-            "auto, shared, hierarchical, ring, direct, doubling, library, reference",
+            "auto, shared, hierarchical, ring, direct, doubling, library, nccl, reference",
         ),
+        ("MPIDDL_STAGING", "train", "auto, device, host"),
         ("MPIDDL_ENGINE", "steam", "auto, inline, after, thread"),
         ("MPIDDL_TIMEOUT", "soon", "write for example 90s, 10m"),
     ],

@@ -8,7 +8,7 @@ import pytest
 
 from mpiddl import errors
 from mpiddl.measure.traps import find_traps
-from mpiddl.waits import ALREADY, AllOf
+from mpiddl.waits import ALREADY, AllOf, Queue
 
 
 class After:
@@ -61,6 +61,14 @@ def facts(rank=0, size=1, hostname="a", **changes):
         "interfaces": [],
         "versions": {"torch": "2"},
         "mpi": mpi(),
+        "gpu": {
+            "driver": None,
+            "driver_cuda": None,
+            "torch_cuda": None,
+            "devices": [],
+            "device": None,
+            "visible": None,
+        },
         "place": {"local_size": size, "own_cores": 1, "chunk_bytes": 512 << 10},
         **changes,
     }
@@ -101,3 +109,13 @@ def test_no_trap_where_all_is_well():
     large = mpi(tcp_eager_bytes="1000000")
     assert find_traps([facts(mpi=large), facts(mpi=large, hostname="b")]) == []
     assert find_traps([facts(mpi=mpi(tcp_eager_bytes="1"))]) == []  # one node
+
+
+def test_tickets_are_served_in_their_order():
+    queue = Queue()
+    first, second, third = (queue.ticket() for _ in range(3))
+    assert [wait.done() for wait in (first, second, third)] == [True, False, False]
+    queue.leave()
+    assert [wait.done() for wait in (second, third)] == [True, False]
+    queue.leave()
+    assert third.done()

@@ -29,18 +29,21 @@ class Bucket:
         together: Those of them that are brought in when the last gradient is here.
         num_missing: How many of their gradients are not here yet.
         state: What has become of it in this step.
+        callers: The streams on which its gradients came.
     """
 
-    __slots__ = ("buffer", "members", "num_missing", "number", "state", "together")
+    __slots__ = ("buffer", "callers", "members", "num_missing", "number", "state", "together")
 
     def __init__(self, number: int, planned: PlannedBucket, buffer: Buffer) -> None:
         self.number = number
         self.buffer = buffer
         self.members = planned.members
         self.together: list[int] = []
+        self.callers: set[int] = set()
         self.reset()
 
     def reset(self) -> None:
         """Filling again: no gradient of the coming backward is here."""
         self.num_missing = len(self.members)
         self.state = State.FILLING
+        self.callers.clear()

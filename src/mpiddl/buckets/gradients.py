@@ -10,7 +10,10 @@ from mpiddl.buckets.bucket import Bucket
 from mpiddl.buckets.plan import BucketPlan, ParameterSpec
 from mpiddl.comm.world import World
 from mpiddl.devices.base import Buffer, Device
-from mpiddl.errors import GradientError
+from mpiddl.devices.host import HOST
+from mpiddl.devices.registry import device_of
+from mpiddl.errors import GpuMemoryError, GradientError
+from mpiddl.units import format_bytes
 
 __all__ = ["Gradients", "arenas_for", "spec_of"]
 
@@ -30,11 +33,28 @@ def spec_of(name: str, parameter: torch.Tensor) -> ParameterSpec:
 
 
 def arenas_for(plan: BucketPlan, device: Device, world: World) -> dict[str, Buffer]:
-    """Memory for all gradients of ``plan``, by dtype. Collective over ``world``."""
-    return {
-        dtype: device.empty(length, getattr(torch, dtype), world)
-        for dtype, length in plan.lengths.items()
-    }
+    """Memory for all gradients of ``plan``, by dtype. Collective over ``world``.
+
+    Raises:
+        GpuMemoryError: On every rank, if one GPU has not so much.
+    """
+    try:
+        return {
+            dtype: device.empty(length, getattr(torch, dtype), world)
+            for dtype, length in plan.lengths.items()
+        }
+    except GpuMemoryError as error:
+        sizes = {
+            dtype: format_bytes(length * getattr(torch, dtype).itemsize)
+            for dtype, length in plan.lengths.items()
+        }
+        largest = max(bucket.length for bucket in plan.buckets)
+        raise GpuMemoryError(
+            f"{error}. The gradients are {', '.join(f'{s} of {d}' for d, s in sizes.items())}, in "
+            f"{len(plan.buckets)} buckets of at most {largest} elements, and exist once: one "
+            "allocation for each dtype, whatever bucket_size is. Wrap the model before the first "
+            "batch, freeze parameters, or give each rank a GPU of its own"
+        ) from None
 
 
 class Gradients:
@@ -48,6 +68,7 @@ class Gradients:
         arenas: Memory, by dtype.
 
     Attributes:
+        device: That they are on.
         buckets: In plan order.
         views: Each parameter's gradient, in the model's order.
         together_in: The bucket with which a small gradient is brought in; None for large ones.
@@ -60,6 +81,7 @@ class Gradients:
         arenas: Mapping[str, Buffer],
     ) -> None:
         self._plan = plan
+        self.device = next((device_of(arena) for arena in arenas.values()), HOST)
         self._parameters = parameters
         self.buckets = [
             Bucket(number, planned, arenas[planned.dtype][planned.start : planned.stop])
@@ -87,6 +109,12 @@ class Gradients:
     def buckets_of(self, member: int) -> Sequence[Bucket]:
         """Those that a parameter's gradient is in."""
         return self._buckets_of[member]
+
+    def came(self, member: int) -> None:
+        """A gradient is there, on the caller's stream; to be told where that matters."""
+        caller = self.device.caller()
+        for bucket in self._buckets_of[member]:
+            bucket.callers.add(caller)
 
     def take(self, member: int) -> Sequence[Bucket] | Iterator[Bucket]:
         """Bring a fresh gradient in and make ``grad`` a view; gives each bucket that has its part.
@@ -141,7 +169,8 @@ class Gradients:
             sources.append(gradient)
             owners.append(parameter)
         if targets:
-            with torch.no_grad():  # create_graph has it enabled
+            # create_graph has gradients enabled
+            with torch.no_grad(), self.device.after(bucket.callers):
                 torch._foreach_copy_(targets, sources)
         for parameter, view in zip(owners, targets, strict=True):
             parameter.grad = view
@@ -159,3 +188,7 @@ class Gradients:
         for parameter, view in zip(self._parameters, self.views, strict=True):
             if parameter.grad is not None and parameter.grad.data_ptr() == view.data_ptr():
                 parameter.grad = view.clone()
+        # What is written there next may come on any stream. This happens a few times in all.
+        moved = self.device.settled()
+        while not moved.done():
+            pass

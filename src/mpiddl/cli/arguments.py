@@ -1,12 +1,18 @@
-"""Checks of options that commands share."""
+"""Options that commands share, and how they are checked."""
 
 from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mpiddl.units import parse_sizes
 
-__all__ = ["check_sizes"]
+if TYPE_CHECKING:
+    from mpiddl.comm.world import World
+
+__all__ = ["Device", "check_sizes", "init_on"]
 
 
 def check_sizes(text: str) -> str:
@@ -17,3 +23,47 @@ def check_sizes(text: str) -> str:
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     return text
+
+
+def _check_device(text: str) -> str:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise typer.BadParameter(f"{text!r} is none of cpu, cuda, cuda:N")
+    return text
+
+
+Device = Annotated[
+    str,
+    typer.Option(
+        callback=_check_device,
+        help="Where buffers are: cpu, cuda (each rank's own GPU) or cuda:N (the same for all).",
+    ),
+]
+
+
+def init_on(device: str) -> World:
+    """``mpiddl.init`` on a device that can be used. Collective.
+
+    Raises:
+        LaunchError: There is no such device.
+        PeerError: On every rank, if CuPy is missing on one.
+    """
+    from mpiddl.comm.world import init
+    from mpiddl.devices.registry import device_at
+    from mpiddl.errors import LaunchError, MpiddlError, PeerError, UnsupportedBufferError
+    from mpiddl.overlap.calls import gather_json
+
+    try:
+        world = init(device=device)
+    except MpiddlError:  # says more
+        raise
+    except ValueError as error:
+        raise LaunchError(str(error)) from None
+    problem = None
+    try:
+        device_at(world.device)
+    except UnsupportedBufferError as error:
+        problem = f"rank {world.rank}: {error}"
+    problems = [text for text in gather_json(problem, world=world) if text is not None]
+    if problems:
+        raise PeerError(problems[0])
+    return world

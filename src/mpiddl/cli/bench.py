@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mpiddl.cli import bench_overlap
-from mpiddl.cli.arguments import check_sizes
+from mpiddl.cli.arguments import Device, check_sizes, init_on
 from mpiddl.cli.outputs import refuse_files, write_files
 from mpiddl.cli.run import deferred, let_rank_0_speak
 from mpiddl.units import parse_sizes
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 DEFAULT_ALGORITHMS = "auto,library,gloo"
+STAGINGS = ("device", "host")
 
 app = typer.Typer(
     help="Time collectives or training on these ranks and check results: run under mpirun or srun.",
@@ -45,6 +46,13 @@ def _one_of(table: str) -> Callable[[str], str]:
     return check
 
 
+def _check_staging(text: str) -> str:
+    for name in text.split(",") if text else []:
+        if name not in STAGINGS:
+            raise typer.BadParameter(f"{name!r} is none of {', '.join(STAGINGS)}")
+    return text
+
+
 Sizes = Annotated[
     str, typer.Option(callback=check_sizes, help="1KiB:256MiB in steps of 4, or 64KiB,1MiB,...")
 ]
@@ -53,6 +61,13 @@ Dtype = Annotated[
     str, typer.Option(callback=_one_of("dtype"), help="Of the elements; comma-separated.")
 ]
 Op = Annotated[str, typer.Option(callback=_one_of("op"), help="sum, mean, min, max or prod.")]
+Staging = Annotated[
+    str,
+    typer.Option(
+        callback=_check_staging,
+        help="How a GPU's messages go: device,host measures both; default as in training.",
+    ),
+]
 Repeats = Annotated[int, typer.Option(min=1, help="Timed rounds; the median counts.")]
 Warmup = Annotated[int, typer.Option(min=0, help="Rounds before that.")]
 Check = Annotated[bool, typer.Option("--check/--no-check", help="Count wrong elements.")]
@@ -74,6 +89,8 @@ def _command(collective: str) -> Callable[..., None]:
         algorithms: Algorithms = DEFAULT_ALGORITHMS,
         dtype: Dtype = "float32",
         op: Op = "sum",
+        device: Device = "cpu",
+        staging: Staging = "",
         repeats: Repeats = 15,
         warmup: Warmup = 3,
         check: Check = True,
@@ -83,23 +100,21 @@ def _command(collective: str) -> Callable[..., None]:
         plot_file: Plot = None,
         min_busbw: MinBusbw = None,
     ) -> None:
-        from mpiddl.comm.world import init
+        from mpiddl.errors import PeerError
         from mpiddl.measure.bandwidth import Plan
-        from mpiddl.measure.memory import busbw_limit, measure_memory
 
         names = _names(algorithms, collective)
+        ways = staging.split(",") if staging else []
+        if ways and device == "cpu":
+            raise PeerError("--staging is about GPU memory: add --device cuda")
         plan = Plan(repeats, warmup, check, fresh)
-        world = init()
+        world = init_on(device)
         refuse_files(json_file, csv_file, plot_file, plot=plot_file)
         report = _Report(world)
-        memory = measure_memory(world)
-        limit = None
-        if collective == "all-reduce" and world.num_nodes == 1 and world.size > 1:
-            limit = busbw_limit(memory["stream_gbps"], world.size)
-        report.begin(memory, limit)
+        report.begin(*_memory(world, collective))
         nbytes = parse_sizes(sizes)
         wanted = algorithms not in ("all", DEFAULT_ALGORITHMS)
-        found = _candidates(names, wanted, collective, max(nbytes), world, report)
+        found = _candidates(names, wanted, collective, max(nbytes), ways, world, report)
         for size in nbytes:
             for kind in dtype.split(","):
                 _measure(collective, size, kind, op, found, plan, world, report)
@@ -117,28 +132,58 @@ app.command("overlap")(deferred(bench_overlap.overlap))
 
 def _names(text: str, collective: str) -> list[str]:
     from mpiddl.errors import PeerError
-    from mpiddl.measure.candidates import names_of
+    from mpiddl.measure.lineup import names_of
+    from mpiddl.measure.sendrecv import SENDRECV
 
     known = names_of(collective)
-    names = known if text == "all" else text.split(",")
+    names = [name for name in known if name != SENDRECV] if text == "all" else text.split(",")
     for name in names:
         if name not in known:
             raise PeerError(f"no algorithm {name!r} for {collective}; valid are {', '.join(known)}")
     return names
 
 
+def _memory(world: World, collective: str) -> tuple[dict[str, Any], float | None]:
+    """What was measured of it, and the busbw that it allows, where one is known."""
+    from mpiddl.devices.registry import device_at
+    from mpiddl.measure.gpu_memory import gpu_busbw_limit, measure_gpu_memory
+    from mpiddl.measure.memory import busbw_limit, measure_memory
+
+    memory = measure_memory(world)
+    on_gpu = device_at(world.device).late
+    if on_gpu:
+        memory |= measure_gpu_memory(world)
+    limit = None
+    if collective == "all-reduce" and world.num_nodes == 1 and world.size > 1:
+        limit = busbw_limit(memory["stream_gbps"], world.size)
+        if on_gpu:
+            limit = gpu_busbw_limit(memory, world.size, world.gpu_sharers)
+    return memory | {"limit_gbps": limit}, limit
+
+
 def _candidates(
-    names: list[str], wanted: bool, collective: str, nbytes: int, world: World, report: _Report
+    names: list[str],
+    wanted: bool,
+    collective: str,
+    nbytes: int,
+    stagings: list[str],
+    world: World,
+    report: _Report,
 ) -> list[Candidate]:
     """Those that can run here; an error if one was ``wanted`` by name and cannot."""
     from mpiddl.errors import PeerError
-    from mpiddl.measure.candidates import candidates
+    from mpiddl.measure.lineup import candidates, stagings_of
+    from mpiddl.measure.sendrecv import SENDRECV
 
-    found, missing = candidates(names, collective, nbytes, world)
+    ways, impossible = stagings_of(world, stagings)
+    found, missing = candidates(names, collective, nbytes, world, ways)
     for reason in missing.values():
         if wanted:
             raise PeerError(reason)
+    for reason in [*impossible, *missing.values()]:
         report.say(f"# left out: {reason}")
+    if SENDRECV in names:
+        report.say(f"# {SENDRECV} is no all-reduce: as many bytes to a neighbour as on the ring")
     return found
 
 
@@ -186,11 +231,11 @@ class _Report:
         self._said.add(text)
 
     def begin(self, memory: dict[str, Any], limit: float | None) -> None:
-        from mpiddl.measure.report import HEADINGS, headline
+        from mpiddl.measure.report import HEADINGS, headline, memory_lines
 
         self._memory, self._limit = memory, limit
         self.say(headline(self._environment))
-        self.say(f"# memory: {memory['stream_gbps']:.1f} GB/s, c = a + b on all ranks of a node")
+        self.say(memory_lines(memory))
         self.say(HEADINGS)
 
     def add(self, row: Row) -> None:

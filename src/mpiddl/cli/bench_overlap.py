@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mpiddl.cli.arguments import Device, init_on
 from mpiddl.cli.outputs import refuse_files, write_files
 from mpiddl.cli.run import let_rank_0_speak
 from mpiddl.units import parse_bytes
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["overlap"]
 
-DEFAULT_CANDIDATES = "none/again,mpiddl,next,ddp,horovod"
 DEFAULT_ENGINES = "inline,after,thread"
 MEASURING_STEPS = 30
 """Enough for ``DataParallel`` to find out bucket size and engine."""
@@ -40,13 +40,13 @@ def _check_bucket_size(text: str | None) -> str | None:
     return text if text == "auto" else _check_bytes(text)
 
 
-def _some_of(table: str) -> Callable[[str], str]:
-    def check(text: str) -> str:
+def _some_of(table: str) -> Callable[[str | None], str | None]:
+    def check(text: str | None) -> str | None:
         from mpiddl.measure.models import DEFAULTS
         from mpiddl.measure.overlap_candidates import ENGINES, NAMES
 
         known = {"model": tuple(DEFAULTS), "engine": ENGINES, "candidates": NAMES}[table]
-        for name in text.split(","):
+        for name in text.split(",") if text is not None else ():
             if name not in known:
                 raise typer.BadParameter(f"{name!r} is none of {', '.join(known)}")
         return text
@@ -54,10 +54,20 @@ def _some_of(table: str) -> Callable[[str], str]:
     return check
 
 
-Model = Annotated[str, typer.Option(callback=_some_of("model"), help="Comma-separated.")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        callback=_some_of("model"),
+        help="Default mlp,cnn,transformer; on GPUs mlp,cnn,transformer-large.",
+    ),
+]
 Candidates = Annotated[
-    str,
-    typer.Option(callback=_some_of("candidates"), help="Beside none and after; also ddp/views."),
+    str | None,
+    typer.Option(
+        callback=_some_of("candidates"),
+        help="Beside none and after; default none/again,mpiddl,next,ddp, and horovod or, on GPUs, "
+        "ddp/nccl; also ddp/views.",
+    ),
 ]
 Engine = Annotated[
     str,
@@ -88,9 +98,10 @@ Plot = Annotated[Path | None, typer.Option("--plot", help="Draw exposed time, PN
 
 
 def overlap(
-    model: Model = "mlp,cnn,transformer",
-    candidates: Candidates = DEFAULT_CANDIDATES,
+    model: Model = None,
+    candidates: Candidates = None,
     engine: Engine = DEFAULT_ENGINES,
+    device: Device = "cpu",
     width: Width = None,
     layers: Layers = None,
     batch: Batch = None,
@@ -107,28 +118,30 @@ def overlap(
 
     Candidates take turns in random order. `none` exchanges nothing, `after` everything when
     backward is over, `mpiddl` while backward runs, `next` also while the next forward runs; `ddp`
-    is torch's DistributedDataParallel on gloo. Exposed is what a step takes longer than without
-    exchange, hidden the part of `after`'s that a candidate does not expose; what `none/again`
-    exposes is noise. Exits 1 if their parameters differ in the end.
+    is torch's DistributedDataParallel on gloo, `ddp/nccl` on NCCL. Exposed is what a step takes
+    longer than without exchange, hidden the part of `after`'s that a candidate does not expose;
+    what `none/again` exposes is noise. On a GPU a step ends when its stream has done all. Exits 1
+    if their parameters differ in the end.
     """
-    from mpiddl.comm.world import init
-    from mpiddl.measure.models import DEFAULTS
+    from mpiddl.measure import models, overlap_candidates
     from mpiddl.measure.overlap import Plan
     from mpiddl.measure.overlap_candidates import Options, Others, expanded
 
+    kind = device.partition(":")[0]
+    wanted = candidates is not None or engine != DEFAULT_ENGINES
+    names = expanded((candidates or overlap_candidates.USUAL[kind]).split(","), engine.split(","))
     sizes = {"width": width, "layers": layers, "batch": batch, "context": context}
     given: dict[str, Any] = {size: value for size, value in sizes.items() if value is not None}
-    specs = [dataclasses.replace(DEFAULTS[name], **given) for name in model.split(",")]
-    names = expanded(candidates.split(","), engine.split(","))
+    chosen = (model or models.USUAL[kind]).split(",")
+    specs = [dataclasses.replace(models.DEFAULTS[name], **given) for name in chosen]
     ddp_bytes = None if ddp_bucket_size is None else parse_bytes(ddp_bucket_size)
     options = Options(bucket_size, ddp_bytes)
-    world = init()
+    world = init_on(device)
     refuse_files(json_file, plot_file, plot=plot_file)
     if warmup is None:
         warmup = MEASURING_STEPS if "auto" in (bucket_size, *engine.split(",")) else 8
     report = _Report(world, options, Plan(repeats, warmup, steps))
     others = Others(world)
-    wanted = candidates != DEFAULT_CANDIDATES or engine != DEFAULT_ENGINES
     for spec in specs:
         _measure(spec, names, wanted, others, report)
     report.end(json_file, plot_file)
@@ -183,7 +196,8 @@ class _Report:
         self._models.append(facts)
         sizes = f"width {spec.width}, layers {spec.layers}, batch {spec.batch} a rank"
         gradients = f"{facts['gradient_bytes'] / 1e6:.1f} MB of gradients"
-        self.say(f"\n# {spec.name}: {sizes}; {gradients} in {facts['tensors']} tensors")
+        place = self.world.device.type
+        self.say(f"\n# {spec.name} on {place}: {sizes}; {gradients} in {facts['tensors']} tensors")
         self.say(HEADINGS)
 
     def add(self, rows: list[Row]) -> None:
@@ -201,6 +215,7 @@ class _Report:
         for line in ["", *ratios(self._rows)]:
             self.say(line)
         plan = {**dataclasses.asdict(self.plan), **dataclasses.asdict(self.options)}
+        plan["device"] = self.world.device.type
         title = f"{self.world.size} ranks, {self._environment['mpi']}"
         writers: dict[Path | None, Callable[[Path], None]] = {
             json_file: lambda path: write_json(

@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mpiddl.cli.run import let_rank_0_speak
 
+if TYPE_CHECKING:
+    from mpiddl.comm.world import World
+    from mpiddl.measure.findings import Trap
+
 __all__ = ["doctor"]
+
+_TRIED = ("cuda_aware", "cuda_aware_reason")
 
 
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    probe: Annotated[
+        bool,
+        typer.Option(
+            help="Where nothing tells whether MPI reads GPU memory, try it in child processes."
+        ),
+    ] = True,
 ) -> None:
     """Show MPI, launcher, cores, network, torch and CUDA, and known traps with their fixes.
 
     Works alone and under mpirun or srun. Exits 1 if something would break training.
     """
     from mpiddl.comm.launchers import read_launch
-    from mpiddl.comm.world import World, init
+    from mpiddl.comm.world import init
     from mpiddl.errors import LaunchError, SettingsError
     from mpiddl.measure.environment import rank_facts
+    from mpiddl.measure.findings import by_node
     from mpiddl.measure.traps import Trap, find_traps
     from mpiddl.overlap.calls import gather_json
 
@@ -36,13 +49,21 @@ def doctor(
     except SettingsError as error:
         broken = [Trap("error", str(error), "unset or correct the variable")]
 
-    facts = [rank_facts(None)] if world is None else gather_json(rank_facts(world))
+    facts = [rank_facts(None)] if world is None else gather_json(rank_facts(world, probe))
+    for ranks in by_node(facts).values():  # one rank of a node has tried it for all
+        for rank in ranks[1:]:
+            rank["mpi"] |= {name: ranks[0]["mpi"][name] for name in _TRIED}
     traps = broken + find_traps(facts)
+    copies = None
+    if world is not None and _all_on_gpus(facts):
+        copies, trap = _copies(world)
+        traps += trap
     if launch.is_first if world is None else world.rank == 0:
         report = {
             "launcher": launch.launcher,
             "announced_ranks": launch.size,
             "ranks": facts,
+            "gpu_copies": copies,
             "traps": [trap._asdict() for trap in traps],
         }
         if as_json:
@@ -53,6 +74,31 @@ def doctor(
         let_rank_0_speak()
         # Not sys.exit, which ends the job for the sake of ranks that stay behind: all leave here.
         raise SystemExit(1)
+
+
+def _all_on_gpus(facts: list[dict[str, Any]]) -> bool:
+    """Whether every rank has a GPU, and what works on it."""
+    return all(rank["gpu"]["device"] is not None and rank["gpu"]["cupy"] for rank in facts)
+
+
+def _copies(world: World) -> tuple[list[dict[str, Any]] | None, list[Trap]]:
+    """Bandwidth between the GPUs of each node's ranks, and what it means that there is none.
+    Collective."""
+    from mpiddl.measure.findings import Trap
+    from mpiddl.measure.gpu_memory import peer_bandwidth
+
+    copies = peer_bandwidth(world)
+    if copies is not None or world.num_nodes == world.size:
+        return copies, []
+    return None, [
+        Trap(
+            "warning",
+            "the ranks of a node cannot map each other's GPU memory (CUDA IPC): gradients travel "
+            "as messages within the node too",
+            "let every rank see all GPUs of its node (Slurm: --gpu-bind=none, no "
+            "--gpus-per-task); in a container share the host's IPC namespace (--ipc=host)",
+        )
+    ]
 
 
 def _split(message: str) -> tuple[str, str]:
@@ -85,7 +131,6 @@ def _show(report: dict[str, Any]) -> None:
 
 def _rows(report: dict[str, Any], facts: dict[str, Any]) -> list[tuple[str, str]]:
     mpi, versions, gpu = facts["mpi"], facts["versions"], facts["gpu"]
-    cupy = versions["cupy-cuda13x"] or versions["cupy-cuda12x"] or "not installed"
     hosts = {rank["hostname"] for rank in report["ranks"]}
     interfaces = [
         f"{interface['name']} {interface['address']}"
@@ -100,12 +145,55 @@ def _rows(report: dict[str, Any], facts: dict[str, Any]) -> list[tuple[str, str]
         ("launcher", report["launcher"] or "none (started alone)"),
         ("ranks", f"{len(report['ranks'])} on {len(hosts)} node(s)"),
         ("torch", f"{versions['torch']}, {gpu['torch_threads']} thread(s) a rank"),
-        ("CUDA", f"torch built for {gpu['torch_cuda'] or 'CPU'}, CuPy {cupy}"),
-        ("GPUs", ", ".join(gpu["devices"]) or "none"),
-        ("driver", gpu["driver"] or "none"),
-        ("CUDA-aware", f"{mpi['cuda_aware']} ({mpi['cuda_aware_reason']})" if mpi else "unknown"),
         ("network", ", ".join(interfaces) or "loopback only"),
+        *_gpu_rows(gpu),
+        ("GPU to GPU", _rates(report["gpu_copies"])),
+        ("UCX", _ucx(mpi["ucx"]) if mpi else "-"),
+        ("CUDA-aware", f"{mpi['cuda_aware']} ({mpi['cuda_aware_reason']})" if mpi else "unknown"),
     ]
+
+
+def _gpu_rows(gpu: dict[str, Any]) -> list[tuple[str, str]]:
+    cupy = gpu["cupy"] or "not installed"
+    if gpu["cupy_cuda"]:
+        cupy += f" (CUDA {gpu['cupy_cuda']})"
+    nccl = [f"{name} {gpu[f'{name}_nccl']}" for name in ("torch", "cupy") if gpu[f"{name}_nccl"]]
+    newest = f", CUDA up to {gpu['driver_cuda']}" if gpu["driver_cuda"] else ""
+    return [
+        ("CUDA", f"torch built for {gpu['torch_cuda'] or 'CPU'}, CuPy {cupy}"),
+        ("driver", f"{gpu['driver']}{newest}" if gpu["driver"] else "none"),
+        ("GPUs", "\n".join(map(_device, range(99), gpu["devices"])) or "none"),
+        ("NCCL", ", ".join(nccl).replace("cupy", "CuPy") or "none"),
+    ]
+
+
+def _rates(copies: list[dict[str, Any]] | None) -> str:
+    """Of the first node, a line for each rank."""
+    lines = []
+    for rank in copies or []:
+        if rank["node_rank"] == 0:
+            from_peers = [
+                f"{gbps:.1f} from {peer}"
+                for peer, gbps in enumerate(rank["from_gbps"])
+                if gbps is not None
+            ]
+            lines.append(f"rank {rank['local_rank']}: {', '.join(from_peers)} GB/s")
+    return "\n".join(lines) or "not measured"
+
+
+def _device(index: int, device: dict[str, Any]) -> str:
+    from mpiddl.units import format_bytes
+
+    memory = format_bytes(device["memory_bytes"] >> 20 << 20)
+    place = f", PCI {device['pci']}" if device["pci"] else ""
+    return f"{index}: {device['name']}, {memory}{place}, {device['uuid'] or 'UUID unknown'}"
+
+
+def _ucx(ucx: dict[str, Any] | None) -> str:
+    if ucx is None:
+        return "not loaded"
+    loaded = "loaded" if ucx["cuda"] else "not loaded"
+    return f"{ucx['version']}, CUDA transports {loaded}, {ucx['path']}"
 
 
 def _listed(settings: dict[str, str]) -> str:
@@ -116,14 +204,23 @@ def _rank_table(ranks: list[dict[str, Any]]) -> Any:
     from rich.table import Table
 
     table = Table("rank", "host", "local rank", "may run on cores", "torch threads", title="")
+    has_gpus = any(rank["gpu"]["devices"] for rank in ranks)
+    if has_gpus:
+        table.add_column("GPU")
+        table.add_column("visible GPUs")
     for facts in ranks:
-        place = facts["place"]
-        cores = _ranges(facts["cores"])
-        threads = str(facts["gpu"]["torch_threads"])
-        table.add_row(
-            str(place["rank"]), facts["hostname"], str(place["local_rank"]), cores, threads
-        )
+        place, gpu = facts["place"], facts["gpu"]
+        cells = [place["rank"], facts["hostname"], place["local_rank"], _ranges(facts["cores"])]
+        cells.append(gpu["torch_threads"])
+        if has_gpus:
+            cells += ["none" if gpu["device"] is None else gpu["device"], _visible(gpu)]
+        table.add_row(*map(str, cells))
     return table
+
+
+def _visible(gpu: dict[str, Any]) -> str:
+    """As CUDA_VISIBLE_DEVICES says it."""
+    return f"all {len(gpu['devices'])}" if gpu["visible"] is None else gpu["visible"] or "none"
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mpiddl.cli.arguments import check_sizes
+from mpiddl.cli.arguments import Device, check_sizes, init_on
 from mpiddl.units import format_bytes, parse_sizes
 
 if TYPE_CHECKING:
@@ -24,26 +24,26 @@ def tune(
         str, typer.Option(callback=check_sizes, help="As for `mpiddl bench`.")
     ] = "1KiB:64MiB",
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds; the median counts.")] = 9,
+    device: Device = "cpu",
     file: Annotated[
         Path | None, typer.Option(help="Default MPIDDL_TUNE, else in the user's cache folder.")
     ] = None,
 ) -> None:
     """Find the fastest all-reduce for each size on these ranks, and remember it for `auto`.
 
-    Run it once with the number of hosts and ranks per host that jobs will have. The file is read
-    when a job starts, by rank 0, for all.
+    Run it once with the number of hosts and ranks per host that jobs will have, and on the kind of
+    device. The file is read when a job starts, by rank 0, for all.
     """
     from mpiddl.comm.tuning import cluster_name
-    from mpiddl.comm.world import init
     from mpiddl.errors import OutputError
     from mpiddl.measure.tune import tune as measured
     from mpiddl.overlap.calls import broadcast_json
 
-    world = init()
+    world = init_on(device)
     speaks = world.rank == 0
     rows = []
     if speaks:
-        typer.echo(f"# {cluster_name(world.layout)}")
+        typer.echo(f"# {cluster_name(world.layout, world.device.type)}")
         typer.echo(f"{'size':>8}  {'algorithm/chunk':<24}  {'time(us)':>10}  {'busbw':>7}")
     for row in measured(world, parse_sizes(sizes), repeats):
         rows.append(row)
@@ -70,7 +70,8 @@ def _conclude(world: World, rows: Sequence[Row], file: Path | None) -> str | Non
         typer.echo(f"{border}: {choice.algorithm}, chunks of {format_bytes(choice.chunk_bytes)}")
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     try:
-        write_choices(path, cluster_name(world.layout), today, choices)
+        cluster = cluster_name(world.layout, world.device.type)
+        write_choices(path, cluster, today, choices)
     except OSError as error:
         return f"{path} cannot be written: {error.strerror}; pass --file"
     typer.echo(f"written to {path}")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from mpiddl.collectives.channel import Channel
 from mpiddl.devices.base import Buffer
+from mpiddl.devices.registry import device_of
 from mpiddl.waits import AllOf, Waits
 
 __all__ = ["all_to_all", "peers_in_turn"]
@@ -29,8 +30,12 @@ def all_to_all(
     Source: the "linear" exchange of Bruck et al., IEEE Trans. Parallel Distrib. Syst. 8(11), 1997,
     1143-1156.
     """
+    mine = incoming[channel.rank]
+    device = device_of(mine)
+    yield device.fence()
     peers = peers_in_turn(channel.rank, channel.size)
     receives = [channel.receive(incoming[peer], peer) for _, peer in peers]
     sends = [channel.send(outgoing[peer], peer) for peer, _ in peers]
-    incoming[channel.rank].copy_(outgoing[channel.rank])
+    if mine.data_ptr() != outgoing[channel.rank].data_ptr():
+        device.copy(mine, outgoing[channel.rank])
     yield AllOf(receives + sends)

@@ -7,6 +7,7 @@ from itertools import islice
 
 from mpiddl.collectives.channel import Channel
 from mpiddl.devices.base import Buffer
+from mpiddl.devices.registry import device_of
 from mpiddl.segments import chunked
 from mpiddl.waits import AllOf, Wait, Waits
 
@@ -35,6 +36,7 @@ def broadcast(buffer: Buffer, root: int, channel: Channel, chunk_bytes: int) -> 
     No scratch; up to DEPTH chunks are under way on each link. Waits go from parent to child for
     chunks and from child to parent for room, but for room only DEPTH chunks back: no circle.
     """
+    yield device_of(buffer).fence()
     parent, children = tree(channel.rank, channel.size, root)
     chunk = max(1, chunk_bytes // buffer.itemsize)
     pieces = [buffer[part] for part in chunked(slice(0, len(buffer)), chunk)]

@@ -8,10 +8,11 @@ from copy import copy
 import torch
 
 from mpiddl.collectives.lane import Lane
-from mpiddl.comm.messages import Credits, Messages
+from mpiddl.comm.messages import Credits
 from mpiddl.comm.native import Native
 from mpiddl.comm.world import World
 from mpiddl.devices.base import Buffer
+from mpiddl.devices.registry import device_of
 from mpiddl.events import Kind, record, recorder
 from mpiddl.waits import ALREADY, Wait
 
@@ -42,11 +43,11 @@ class Channel:
         "_urgency",
         "lane",
         "layout",
-        "messages",
         "native",
         "rank",
         "size",
         "tag",
+        "world",
     )
 
     def __init__(
@@ -63,7 +64,7 @@ class Channel:
         self._urgency = urgency
         self.lane = lane
         self.layout = world.layout
-        self.messages: Messages = world.messages
+        self.world = world
         self.tag = tag
         self.rank = world.rank
         self.size = world.size
@@ -81,7 +82,8 @@ class Channel:
         """``buffer`` must stay as it is until the wait is done."""
         if recorder.tracing:
             record(Kind.CHUNK, 0, self.tag, buffer.nbytes)
-        return self.messages.send(buffer.data_ptr(), buffer.nbytes, self._ranks[peer], self.tag)
+        messages = device_of(buffer).messages(self.world)
+        return messages.send(buffer.data_ptr(), buffer.nbytes, self._ranks[peer], self.tag)
 
     def room_after(self, outstanding: Sequence[Wait]) -> Wait:
         """Done when one more message may be sent after these, which are not known to be done.
@@ -102,7 +104,8 @@ class Channel:
 
     def receive(self, buffer: Buffer, peer: int) -> Wait:
         """``buffer`` holds what ``peer`` sent once the wait is done."""
-        return self.messages.receive(buffer.data_ptr(), buffer.nbytes, self._ranks[peer], self.tag)
+        messages = device_of(buffer).messages(self.world)
+        return messages.receive(buffer.data_ptr(), buffer.nbytes, self._ranks[peer], self.tag)
 
 
 class _Room:

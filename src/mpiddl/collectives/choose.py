@@ -12,6 +12,7 @@ from mpiddl.collectives.direct import direct_all_reduce
 from mpiddl.collectives.doubling import doubling_all_reduce
 from mpiddl.collectives.hierarchical import hierarchical_all_reduce
 from mpiddl.collectives.library import library_all_reduce
+from mpiddl.collectives.nccl import NCCL_DTYPES, nccl_all_reduce, nccl_problem
 from mpiddl.collectives.reduction import DTYPES, Reduction
 from mpiddl.collectives.reference import reference_all_reduce
 from mpiddl.collectives.ring import ring_all_reduce
@@ -19,11 +20,12 @@ from mpiddl.collectives.shared import shared_all_reduce
 from mpiddl.comm.native import NATIVE_DTYPES
 from mpiddl.comm.world import World
 from mpiddl.devices.base import Buffer, Device
+from mpiddl.devices.host import HOST
 from mpiddl.errors import UnsupportedBufferError
-from mpiddl.settings import ALGORITHM_NAMES
+from mpiddl.settings import ALGORITHM_NAMES, Settings
 from mpiddl.waits import Waits
 
-__all__ = ["ALGORITHMS", "Algorithm", "AllReduce", "Chosen", "choose"]
+__all__ = ["ALGORITHMS", "Algorithm", "AllReduce", "Chosen", "choose", "chunk_bytes_for"]
 
 FEW_BYTES = 32 << 10
 """Up to here the number of messages counts, not their size."""
@@ -54,6 +56,7 @@ class Algorithm:
         one_node: All ranks must be on one node.
         lanes: It goes through shared memory.
         reach: Ranks of a node must be able to read each other's memory.
+        gpu: It works on GPUs only, through NCCL.
     """
 
     run: AllReduce
@@ -62,6 +65,7 @@ class Algorithm:
     one_node: bool = False
     lanes: bool = False
     reach: bool = False
+    gpu: bool = False
 
 
 ALGORITHMS = {
@@ -74,6 +78,12 @@ ALGORITHMS = {
         library_all_reduce,
         dtypes=frozenset(getattr(torch, name) for name in NATIVE_DTYPES),
         ordered=True,
+    ),
+    "nccl": Algorithm(
+        nccl_all_reduce,
+        dtypes=frozenset(getattr(torch, name) for name in NCCL_DTYPES),
+        ordered=True,
+        gpu=True,
     ),
     "reference": Algorithm(reference_all_reduce),
 }
@@ -93,11 +103,37 @@ class Chosen:
         return self.algorithm.run(buffer, reduction, channel, device, self.chunk_bytes)
 
 
-def choose(name: str, dtype: torch.dtype, nbytes: int, world: World, lanes: bool = True) -> Chosen:
+GPU_CHUNK_BYTES = 4 << 20
+"""Where the user chose no other: a chunk costs the host some 20 us, a GPU's memory is fast."""
+
+
+def chunk_bytes_for(device: Device, world: World) -> int:
+    """The unit of pipelining on ``device``."""
+    chosen = world.settings.chunk_size
+    return GPU_CHUNK_BYTES if device.late and chosen == Settings.chunk_size else chosen
+
+
+def choose(
+    name: str,
+    dtype: torch.dtype,
+    nbytes: int,
+    world: World,
+    lanes: bool = True,
+    device: Device = HOST,
+    mapped: bool = False,
+) -> Chosen:
     """The algorithm called ``name``, or for ``"auto"`` the best for ``nbytes`` on these ranks.
 
-    ``lanes`` says whether there are lanes for it; without shared memory there are none.
     ``auto`` goes by what ``mpiddl tune`` measured on ranks like these, else by rules.
+
+    Args:
+        name: What the user chose.
+        dtype: Of the buffer.
+        nbytes: Of the buffer.
+        world: The ranks.
+        lanes: Whether there are lanes for it; without shared memory there are none.
+        device: That the buffer is on.
+        mapped: All buffers are in windows of that device, on every rank.
 
     Raises:
         ValueError: No algorithm has that name.
@@ -105,27 +141,37 @@ def choose(name: str, dtype: torch.dtype, nbytes: int, world: World, lanes: bool
     """
     if name not in ALGORITHM_NAMES:
         raise ValueError(f"unknown algorithm {name!r}; valid are {', '.join(ALGORITHM_NAMES)}")
-    chunk_bytes = world.settings.chunk_size
+    chunk_bytes = chunk_bytes_for(device, world)
+    near = mapped if device.late else world.reach is not None
     lanes = (lanes and world.lane_window is not None) or world.size == 1
     if name == "auto":
-        name, chunk_bytes = _tuned(dtype, nbytes, world, lanes) or (
-            _rule(nbytes, world, lanes),
+        name, chunk_bytes = _tuned(dtype, nbytes, world, lanes, near, device) or (
+            _rule(nbytes, world, lanes, near),
             chunk_bytes,
         )
-    problem = _problem(name, dtype, world, lanes)
+    problem = _problem(name, dtype, world, lanes, near, device)
     if problem is not None:
         raise UnsupportedBufferError(problem)
     return Chosen(ALGORITHMS[name], chunk_bytes)
 
 
-def _problem(name: str, dtype: torch.dtype, world: World, lanes: bool) -> str | None:
+def _problem(
+    name: str, dtype: torch.dtype, world: World, lanes: bool, near: bool, device: Device
+) -> str | None:
     """Why an algorithm cannot reduce ``dtype`` over these ranks."""
     algorithm = ALGORITHMS[name]
+    if algorithm.gpu and (problem := nccl_problem(device, world)) is not None:
+        return problem
     if algorithm.one_node and world.num_nodes > 1:
         return f"algorithm {name!r} works within one node, and these ranks are on {world.num_nodes}"
     if algorithm.lanes and not lanes:
         return f"algorithm {name!r} needs shared memory, and a node has too little of it left"
-    if algorithm.reach and world.reach is None and world.size > 1:
+    if algorithm.reach and not near and world.size > 1:
+        if device.late:
+            return (
+                f"algorithm {name!r} works on GPU memory that the ranks of a node have mapped: "
+                "that of mpiddl.empty(..., device=...), or of gradients, where CUDA IPC works"
+            )
         return (
             f"algorithm {name!r} copies between the ranks of a node with process_vm_readv, which "
             "the system forbids here (or MPIDDL_SINGLE_COPY=0)"
@@ -136,20 +182,24 @@ def _problem(name: str, dtype: torch.dtype, world: World, lanes: bool) -> str | 
     return None
 
 
-def _tuned(dtype: torch.dtype, nbytes: int, world: World, lanes: bool) -> tuple[str, int] | None:
+def _tuned(
+    dtype: torch.dtype, nbytes: int, world: World, lanes: bool, near: bool, device: Device
+) -> tuple[str, int] | None:
     """What was measured to be fastest, if it can be used for this."""
+    if device.late != world.on_gpu:
+        return None
     for choice in world.tuned:
         if choice.up_to is None or nbytes <= choice.up_to:
-            usable = _problem(choice.algorithm, dtype, world, lanes) is None
+            usable = _problem(choice.algorithm, dtype, world, lanes, near, device) is None
             return (choice.algorithm, choice.chunk_bytes) if usable else None
     return None
 
 
-def _rule(nbytes: int, world: World, lanes: bool) -> str:
+def _rule(nbytes: int, world: World, lanes: bool, near: bool) -> str:
     """What is fastest where nothing was measured; the same on every rank."""
     if world.num_nodes == 1 and lanes:
         return "shared"
     if nbytes <= FEW_BYTES:
         return "doubling"
     shares_nodes = world.num_nodes < world.size
-    return "hierarchical" if shares_nodes and lanes and world.reach is not None else "ring"
+    return "hierarchical" if shares_nodes and lanes and near else "ring"

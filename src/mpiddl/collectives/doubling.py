@@ -44,7 +44,7 @@ def doubling_all_reduce(
         for part in chunked(slice(0, len(buffer)), chunk_length):
             chunk = buffer[part]
             mine, spare = scratch[: len(chunk)], scratch[chunk_length:][: len(chunk)]
-            mine.copy_(chunk)
+            device.copy(mine, chunk)
             if reduction.weight is not None:
                 device.scale(mine, reduction.weight)
             yield from _reduce_chunk(chunk, mine, spare, reduction.op, channel, device)
@@ -60,6 +60,7 @@ def _reduce_chunk(
 
     # Fold in: of the first 2*extra ranks, the even ones leave their part to the odd ones.
     paired = rank < 2 * extra
+    yield device.fence()
     if paired and rank % 2 == 0:
         yield AllOf([channel.receive(chunk, rank + 1), channel.send(mine, rank + 1)])
         return
@@ -73,12 +74,14 @@ def _reduce_chunk(
     for bit in range(rounds):
         peer_place = place ^ (1 << bit)
         peer = 2 * peer_place + 1 if peer_place < extra else peer_place + extra
+        yield device.fence()
         yield AllOf([channel.receive(spare, peer), channel.send(mine, peer)])
         if peer_place < place:
             mine, spare = spare, mine
         device.fold(op, mine, spare, None)
 
     # Hand out.
-    chunk.copy_(mine)
+    device.copy(chunk, mine)
     if paired:
+        yield device.fence()
         yield channel.send(chunk, rank - 1)

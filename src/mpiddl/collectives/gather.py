@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from mpiddl.collectives.channel import Channel
 from mpiddl.devices.base import Buffer
+from mpiddl.devices.registry import device_of
 from mpiddl.waits import AllOf, Waits
 
 __all__ = ["gather"]
@@ -17,10 +18,13 @@ def gather(parts: Sequence[Buffer], mine: Buffer, root: int, channel: Channel) -
     ``parts`` is not used on other ranks. The root's link is what takes the time, so a tree would
     save nothing but the first few microseconds.
     """
+    device = device_of(mine)
+    yield device.fence()
     if channel.rank != root:
         yield channel.send(mine, root)
         return
     peers = [peer for peer in range(channel.size) if peer != root]
     receives = [channel.receive(parts[peer], peer) for peer in peers]
-    parts[root].copy_(mine)
+    if parts[root].data_ptr() != mine.data_ptr():
+        device.copy(parts[root], mine)
     yield AllOf(receives)

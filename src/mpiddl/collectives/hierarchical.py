@@ -40,10 +40,13 @@ def hierarchical_all_reduce(
         if reduction.weight is not None:
             device.scale(buffer, reduction.weight)
         return
+    if not len(buffer):
+        return
     layout, lane = channel.layout, channel.lane
     assert lane is not None
     yield lane.ticket()
-    lane.note(place_of(lane.world, buffer), reduction.weight)
+    yield device.fence()
+    lane.note(place_of(lane.world, buffer, device), reduction.weight)
     yield lane.go()
     places, weights = lane.notes()
     meeting = meet(lane, places, weights, buffer, device)
@@ -51,7 +54,7 @@ def hierarchical_all_reduce(
     num_segments = min(len(ranks) for ranks in layout.nodes)
     if lane.rank < num_segments:
         segment = split(len(buffer), num_segments)[lane.rank]
-        pieces = pieces_of(segment, buffer.itemsize, lane.size)
+        pieces = pieces_of(segment, buffer.itemsize, lane.size, device)
         for piece in pieces:
             meeting.combine(piece, reduction.op)
         ring = channel.among([ranks[lane.rank] for ranks in layout.nodes])
@@ -59,5 +62,6 @@ def hierarchical_all_reduce(
         yield from ring_all_reduce(buffer[segment], summed, ring, device, chunk_bytes)
         for piece in pieces:
             meeting.hand_out(piece)
+    yield device.fence()
     yield lane.go()
     lane.leave()

@@ -17,7 +17,7 @@ import torch
 from mpiddl.comm.windows import Window
 from mpiddl.comm.world import World
 from mpiddl.devices.base import Buffer, as_dtype
-from mpiddl.waits import ALREADY, Wait
+from mpiddl.waits import Queue, Wait
 
 __all__ = ["LINE", "NOWHERE", "Lane", "Place"]
 
@@ -66,21 +66,8 @@ class _Turn:
         return True
 
 
-class _Ticket:
-    """Done when the collectives that took a ticket before have left the lane."""
-
-    __slots__ = ("_lane", "_number")
-
-    def __init__(self, lane: Lane, number: int) -> None:
-        self._lane = lane
-        self._number = number
-
-    def done(self) -> bool:
-        return self._lane.served == self._number
-
-
-class Lane:
-    """One meeting place.
+class Lane(Queue):
+    """One meeting place, and the queue for it: ranks must queue in the same order.
 
     Args:
         world: Whose ranks on this node meet.
@@ -97,7 +84,6 @@ class Lane:
         room: Bytes that a rank can show in a turn.
         entered: Per rank, room for what goes in: two places of ``room`` bytes.
         left: Per rank, room for results: two places of a segment of ``room`` bytes.
-        served: Collectives that have left the lane.
         counters: All ranks' counters and notes, as 8-byte integers.
         counter_at: Index of each rank's counter.
         cached: Views that were made before.
@@ -111,6 +97,7 @@ class Lane:
         nbytes: int,
         fence: Callable[[], object] | None,
     ) -> None:
+        super().__init__()
         start, room = number * nbytes, _room_in(nbytes, world.local_size)
         self.number = number
         self.world = world
@@ -119,8 +106,6 @@ class Lane:
         self.fence = fence
         self.crowded = world.layout.crowded
         self.turn = 0
-        self.served = 0
-        self._tickets = 0
         starts = [rank * window.part_bytes + start for rank in range(self.size)]
         self.counters = memoryview(window.memory).cast("q")
         self._weights = memoryview(window.memory).cast("d")
@@ -135,21 +120,6 @@ class Lane:
         self.entered = [_pair(data, at + HEADER, room) for at in starts]
         self.left = [_pair(data, at + HEADER + 2 * room, share) for at in starts]
         self.cached: dict[object, list[Buffer]] = {}
-
-    def ticket(self) -> Wait:
-        """A place in the queue. Ranks must queue for a lane in the same order."""
-        self._tickets += 1
-        number = self._tickets - 1
-        return ALREADY if self.served == number else _Ticket(self, number)
-
-    @property
-    def idle(self) -> bool:
-        """Nobody is in the lane or waits for it."""
-        return self._tickets == self.served
-
-    def leave(self) -> None:
-        """The collective that is in the lane is complete on this rank."""
-        self.served += 1
 
     def raise_counter(self) -> int:
         """What this rank has for the turn is written. Returns the turn."""

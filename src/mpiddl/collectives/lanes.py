@@ -5,9 +5,9 @@ from __future__ import annotations
 from mpiddl.collectives.lane import LINE, Lane, Place
 from mpiddl.comm.windows import Window, make_fence
 from mpiddl.comm.world import World
-from mpiddl.devices.base import Buffer
+from mpiddl.devices.base import Buffer, Device
 
-__all__ = ["Foreground", "foreground_of", "kept_lanes", "place_of"]
+__all__ = ["Foreground", "foreground_of", "is_mapped", "kept_lanes", "place_of"]
 
 KEPT_BYTES = 64 << 10
 LEAST_KEPT_BYTES = 4 << 10
@@ -70,7 +70,12 @@ def _cut(world: World, window: Window, count: int) -> list[Lane]:
     return [Lane(world, window, number, nbytes, fence) for number in range(count)]
 
 
-def place_of(world: World, buffer: Buffer) -> Place:
+def place_of(world: World, buffer: Buffer, device: Device) -> Place:
     """Where a buffer is, as other ranks can find it."""
     address = buffer.data_ptr()
-    return Place(*world.windows.find(address), address)
+    return Place(*device.mapped(world).find(address), address)
+
+
+def is_mapped(buffer: Buffer, device: Device, world: World) -> bool:
+    """Whether a buffer is in a window: on every rank of its node, if on one."""
+    return not len(buffer) or device.mapped(world).find(buffer.data_ptr())[0] != 0

@@ -1,12 +1,16 @@
-"""The installed MPI's own all-reduce, for comparison: host memory, the dtypes MPI knows."""
+"""The installed MPI's own all-reduce, for comparison: host memory, the dtypes MPI knows.
+
+A GPU's memory is copied to the host and back: MPI's own reductions of it copy too, or crash.
+"""
 
 from __future__ import annotations
 
 from mpiddl.collectives.channel import Channel
 from mpiddl.collectives.reduction import Reduction
 from mpiddl.devices.base import Buffer, Device
+from mpiddl.devices.host import HOST
 from mpiddl.segments import chunked
-from mpiddl.waits import AllOf, Waits
+from mpiddl.waits import AllOf, Wait, Waits
 
 __all__ = ["library_all_reduce"]
 
@@ -24,10 +28,26 @@ def library_all_reduce(
     """
     if reduction.weight is not None:
         device.scale(buffer, reduction.weight)
+    if not device.late:
+        yield _started(buffer, reduction.op, channel)
+        return
+    queue = channel.native.queue
+    ticket = queue.ticket()  # at once: ranks begin in the same order, and copies take their time
+    with HOST.scratch(len(buffer), buffer.dtype) as copy:
+        device.copy(copy, buffer)
+        yield device.fence()
+        yield ticket
+        reduced = _started(copy, reduction.op, channel)
+        queue.leave()
+        yield reduced
+        device.copy(buffer, copy)
+        yield device.fence()
+
+
+def _started(buffer: Buffer, op: str, channel: Channel) -> Wait:
     dtype = str(buffer.dtype).removeprefix("torch.")
     pieces = [buffer[part] for part in chunked(slice(0, len(buffer)), LARGEST_PIECE)]
     # All pieces start at once: whatever else uses this communicator comes before or after them.
-    yield AllOf(
-        channel.native.all_reduce(piece.data_ptr(), piece.nbytes, dtype, reduction.op)
-        for piece in pieces
+    return AllOf(
+        channel.native.all_reduce(piece.data_ptr(), piece.nbytes, dtype, op) for piece in pieces
     )

@@ -13,7 +13,7 @@ from mpiddl.comm.reach import Reach
 from mpiddl.devices.base import Buffer, Device
 from mpiddl.segments import chunked
 
-__all__ = ["InWindow", "Meeting", "Weights", "meet", "pieces_of"]
+__all__ = ["InWindow", "Meeting", "Weights", "in_turn", "meet", "pieces_of"]
 
 IN_CACHE_BYTES = 4 << 20
 """What is combined must be in the caches still when it is handed out: all ranks' pieces of it."""
@@ -30,13 +30,24 @@ class Meeting(Protocol):
         """Make ``piece`` of this rank's buffer the reduction of all ranks', in rank order."""
         ...
 
+    def reduce(self, piece: slice, op: str) -> None:
+        """Both: ``combine``, and what it gave to all."""
+        ...
+
     def hand_out(self, piece: slice) -> None:
         """Copy ``piece`` of this rank's buffer into all others."""
         ...
 
 
-def pieces_of(segment: slice, itemsize: int, ranks: int) -> list[slice]:
+def in_turn(parts: Sequence[Buffer], rank: int) -> list[Buffer]:
+    """This rank's part, then those of the ranks after it: ranks do not all begin with one peer."""
+    return [*parts[rank:], *parts[:rank]]
+
+
+def pieces_of(segment: slice, itemsize: int, ranks: int, device: Device) -> list[slice]:
     """Parts of a segment that are combined, then handed out, one after the other."""
+    if not device.in_cache:
+        return [segment]
     nbytes = max(LEAST_PIECE_BYTES, IN_CACHE_BYTES // ranks)
     return chunked(segment, nbytes // itemsize)
 
@@ -47,7 +58,7 @@ def meet(
     """The buffers at ``places``; None, on every rank, if they cannot be reached."""
     if places[0].window and all(place.window == places[0].window for place in places):
         return InWindow(lane, places, weights, buffer, device)
-    if lane.world.reach is not None:
+    if lane.world.reach is not None and not device.late:
         return _Apart(lane.rank, lane.world.reach, places, weights, buffer, device)
     return None
 
@@ -71,14 +82,16 @@ class InWindow:
 
     def combine(self, piece: slice, op: str) -> None:
         parts = self.parts_of(piece)
-        self._device.combine(op, parts, self._weights, parts[self._lane.rank])
+        self._device.combine(op, parts, self._weights, [parts[self._lane.rank]])
+
+    def reduce(self, piece: slice, op: str) -> None:
+        parts = self.parts_of(piece)
+        self._device.combine(op, parts, self._weights, in_turn(parts, self._lane.rank))
 
     def hand_out(self, piece: slice) -> None:
-        parts = self.parts_of(piece)
-        mine = parts[self._lane.rank]
-        for peer, part in enumerate(parts):
-            if peer != self._lane.rank:
-                part.copy_(mine)
+        mine, *others = in_turn(self.parts_of(piece), self._lane.rank)
+        for other in others:
+            self._device.copy(other, mine)
 
     def parts_of(self, piece: slice) -> list[Buffer]:
         """Everyone's ``piece``. The views do not keep the window; this rank's buffer does."""
@@ -87,7 +100,7 @@ class InWindow:
         parts = self._lane.cached.get(key)
         if parts is None:
             offsets = [place.offset + first * dtype.itemsize for place in self._places]
-            windows = self._lane.world.windows
+            windows = self._device.mapped(self._lane.world)
             parts = windows.views(self._places[0].window, offsets, last - first, dtype)
             self._lane.remember(key, parts)
         return parts
@@ -120,7 +133,11 @@ class _Apart:
             for part, (peer, address) in zip(parts, self._peers, strict=True):
                 self._reach.read(part.data_ptr(), mine.nbytes, peer, address + start)
             parts.insert(self._rank, mine)
-            self._device.combine(op, parts, self._weights, mine)
+            self._device.combine(op, parts, self._weights, [mine])
+
+    def reduce(self, piece: slice, op: str) -> None:
+        self.combine(piece, op)
+        self.hand_out(piece)
 
     def hand_out(self, piece: slice) -> None:
         mine = self._buffer[piece]

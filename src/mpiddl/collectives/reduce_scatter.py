@@ -55,6 +55,7 @@ def reduce_scatter(
             if turn < num_chunks:
                 if len(sends) == DEPTH:
                     yield sends.popleft()
+                yield device.fence()  # what is sent is written, the slot is read
                 # No circle of waits: a rank waits for turns behind its own, so the rank that is
                 # farthest behind finds all it needs sent and received already.
                 mine, slot = chunks[rank][turn], slots[turn % DEPTH]
@@ -66,7 +67,7 @@ def reduce_scatter(
                 done = turn - DEPTH + 1
                 parts = [slot[: len(results[done])] for slot in slots[done % DEPTH]]
                 parts[rank] = chunks[rank][done]
-                device.combine(reduction.op, parts, weights, results[done])
+                device.combine(reduction.op, parts, weights, [results[done]])
         yield AllOf(sends)
 
 

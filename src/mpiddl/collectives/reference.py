@@ -19,18 +19,22 @@ def reference_all_reduce(
 
     Needs ``size`` copies of the buffer on rank 0. ``chunk_bytes`` is not used.
     """
-    wide = torch.float32 if buffer.dtype.itemsize == 2 and buffer.is_floating_point() else None
-    with torch.inference_mode(mode=False):  # whoever drives this may be in that mode now and then
-        mine = buffer.to(wide or buffer.dtype, copy=True)
-        others = [torch.empty_like(mine) for _ in range(1, channel.size) if channel.rank == 0]
-    if reduction.weight is not None:
-        device.scale(mine, reduction.weight)
-    if channel.rank != 0:
-        yield channel.send(mine, 0)
-        yield channel.receive(buffer, 0)
-        return
-    yield AllOf(channel.receive(other, peer) for peer, other in enumerate(others, start=1))
-    for other in others:
-        device.fold(reduction.op, mine, other, None)
-    buffer.copy_(mine)
-    yield AllOf(channel.send(buffer, peer) for peer in range(1, channel.size))
+    narrow = buffer.dtype.itemsize == 2 and buffer.is_floating_point()
+    dtype = torch.float32 if narrow else buffer.dtype
+    copies = channel.size if channel.rank == 0 else 1
+    with device.scratch(copies * len(buffer), dtype) as scratch:
+        mine, *others = scratch.view(copies, len(buffer))
+        device.copy(mine, buffer)
+        if reduction.weight is not None:
+            device.scale(mine, reduction.weight)
+        yield device.fence()
+        if channel.rank != 0:
+            yield channel.send(mine, 0)
+            yield channel.receive(buffer, 0)
+            return
+        yield AllOf(channel.receive(other, peer) for peer, other in enumerate(others, start=1))
+        for other in others:
+            device.fold(reduction.op, mine, other, None)
+        device.copy(buffer, mine)
+        yield device.fence()
+        yield AllOf(channel.send(buffer, peer) for peer in range(1, channel.size))

@@ -65,11 +65,12 @@ def ring_all_reduce(
                     incoming = slots[turn % (lag + 1)][: len(incoming)]
                 if len(sends) > lag:  # also frees the chunk that an all-gather receive overwrites
                     yield sends.popleft()
+                if step == 0 and reduction.weight is not None:
+                    device.scale(outgoing, reduction.weight)
+                yield device.fence()  # what is sent is added, what is received into is read
                 # The receive is posted before the send, so ranks never wait for each other in a
                 # circle: whatever a rank sends, its neighbour has made room for.
                 receives.append(channel.receive(incoming, left))
-                if step == 0 and reduction.weight is not None:
-                    device.scale(outgoing, reduction.weight)
                 yield channel.room_after(sends)
                 sends.append(channel.send_after(sends, outgoing, right))
             if turn >= lag:

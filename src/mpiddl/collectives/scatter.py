@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from mpiddl.collectives.channel import Channel
 from mpiddl.devices.base import Buffer
+from mpiddl.devices.registry import device_of
 from mpiddl.waits import AllOf, Waits
 
 __all__ = ["scatter"]
@@ -16,10 +17,13 @@ def scatter(mine: Buffer, parts: Sequence[Buffer], root: int, channel: Channel) 
 
     ``parts`` is not used on other ranks.
     """
+    device = device_of(mine)
+    yield device.fence()
     if channel.rank != root:
         yield channel.receive(mine, root)
         return
     peers = [peer for peer in range(channel.size) if peer != root]
     sends = [channel.send(parts[peer], peer) for peer in peers]
-    mine.copy_(parts[root])
+    if mine.data_ptr() != parts[root].data_ptr():
+        device.copy(mine, parts[root])
     yield AllOf(sends)

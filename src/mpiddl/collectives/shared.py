@@ -6,13 +6,15 @@ With three ranks and segments a b c:
     rank 1 the same for b
     rank 2 the same for c
 
-No message is on the path: ranks meet in a lane. Buffers in a window are used where they are. Other
-buffers are reached through the kernel, or, where that is forbidden, pass through the lane.
+No message is on the path: ranks meet in a lane. Buffers in a window, on the host or on a GPU, are
+used where they are. Other host buffers are reached through the kernel, or, where that is forbidden,
+pass through the lane; other GPU memory goes in messages, as in ``direct``.
 """
 
 from __future__ import annotations
 
 from mpiddl.collectives.channel import Channel
+from mpiddl.collectives.direct import direct_all_reduce
 from mpiddl.collectives.lane import NOWHERE, Lane, Place
 from mpiddl.collectives.lanes import place_of
 from mpiddl.collectives.meeting import Weights, meet, pieces_of
@@ -35,7 +37,7 @@ def shared_all_reduce(
     """Reduce ``buffer`` over the ranks of one node, in place; the same bits on every rank.
 
     Adds in rank order and rounds 16-bit floats once, so the bits depend neither on the place
-    of a value in its buffer nor on where the buffer is. ``chunk_bytes`` is not used.
+    of a value in its buffer nor on where the buffer is. ``chunk_bytes`` is that of messages.
     """
     if channel.size == 1:
         if reduction.weight is not None:
@@ -44,38 +46,47 @@ def shared_all_reduce(
     lane = channel.lane
     assert lane is not None
     yield lane.ticket()
-    lane.note(show(buffer, lane), reduction.weight)
+    yield device.fence()
+    lane.note(show(buffer, lane, device), reduction.weight)
     yield lane.go()
-    yield from finish(buffer, reduction.op, lane, device)
+    reached = yield from finish(buffer, reduction.op, lane, device)
+    if not reached:
+        yield from direct_all_reduce(buffer, reduction, channel, device, chunk_bytes)
 
 
-def show(buffer: Buffer, lane: Lane) -> Place:
+def show(buffer: Buffer, lane: Lane, device: Device) -> Place:
     """Before the first turn: where the buffer is. One that others had better not go to is shown in
     the lane itself."""
+    if device.late:
+        return place_of(lane.world, buffer, device)
     if buffer.nbytes <= min(MEDIUM_BYTES if lane.crowded else SMALL_BYTES, lane.room):
         place = NOWHERE
     else:
-        place = place_of(lane.world, buffer)
+        place = place_of(lane.world, buffer, device)
         if place.window != 0 or buffer.nbytes > min(MEDIUM_BYTES, lane.room):
             return place
     lane.shown(buffer, (lane.turn + 1) % 2)[lane.rank].copy_(buffer)
     return place
 
 
-def finish(buffer: Buffer, op: str, lane: Lane, device: Device) -> Waits[None]:
-    """After the first turn: reduce, and leave the lane."""
+def finish(buffer: Buffer, op: str, lane: Lane, device: Device) -> Waits[bool]:
+    """After the first turn: reduce, and leave the lane. False, on every rank, if the buffers cannot
+    be reached: they are as they were."""
     places, weights = lane.notes()
-    if buffer.nbytes <= min(MEDIUM_BYTES, lane.room) and not any(p.window for p in places):
-        device.combine(op, lane.shown(buffer, lane.turn % 2), weights, buffer)
+    meeting = None
+    small = buffer.nbytes <= min(MEDIUM_BYTES, lane.room) and not any(p.window for p in places)
+    if small and not device.late:
+        device.combine(op, lane.shown(buffer, lane.turn % 2), weights, [buffer])
     elif (meeting := meet(lane, places, weights, buffer, device)) is not None:
         segment = split(len(buffer), lane.size)[lane.rank]
-        for piece in pieces_of(segment, buffer.itemsize, lane.size):
-            meeting.combine(piece, op)
-            meeting.hand_out(piece)
+        for piece in pieces_of(segment, buffer.itemsize, lane.size, device):
+            meeting.reduce(piece, op)
+        yield device.fence()
         yield lane.go()
-    else:
+    elif not device.late:
         yield from _through_lane(buffer, op, weights, lane, device)
     lane.leave()
+    return meeting is not None or not device.late
 
 
 def _through_lane(
@@ -94,7 +105,7 @@ def _through_lane(
             parts = split(len(previous), lane.size)
             mine = previous[parts[lane.rank]]
             shown = [_view(pair[1 - place], previous)[parts[lane.rank]] for pair in lane.entered]
-            device.combine(op, shown, weights, mine)
+            device.combine(op, shown, weights, [mine])
             _view(lane.left[lane.rank][place], mine).copy_(mine)
         yield lane.go()
         if previous is not None:

@@ -8,12 +8,13 @@ belong together must be recognised (every process would train alone, in silence)
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mpiddl.errors import SingletonError
 
-__all__ = ["Launch", "read_launch", "refuse_singleton"]
+__all__ = ["Launch", "gpu_binding", "read_launch", "refuse_singleton", "without_launcher"]
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,38 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
             local_size=_number(environ, names.local_size, "MPI_LOCALNRANKS"),
         )
     return Launch()
+
+
+# What launchers tell a process about the job that it is in, and users a launcher about where to
+# start what. The rest is left: users' settings of the MPI, permission to run as root, prefixes of
+# an Open MPI that was moved.
+_OF_THE_JOB = re.compile(
+    r"OMPI_(?!MCA_|ALLOW_RUN_AS_ROOT|MPI_|PREFIX)"
+    r"|OMPI_MCA_(orte|ess|plm|ras|rmaps|odls|routed|pmix|hwloc_base|schizo|initial_wdir"
+    r"|num_procs|cpu_type|PREFIXES|mpi_oversubscribe|shmem_RUNTIME)"
+    r"|OPAL_USER_PARAMS_GIVEN|PRTE_(?!MCA_|ALLOW_RUN_AS_ROOT|PREFIX)"
+    r"|PMIX_(?!MCA_|PREFIX|INSTALL_PREFIX)|PMI_|PMI2_|MPI_LOCAL|MPIEXEC_|HYDI_|HYDRA_"
+    r"|I_MPI_(HYDRA|INFO|INTERNAL|PIN_INFO|PIN_MAPPING|PMI|MPIRUN|JOB|PERHOST|ROOT_PROCS)"
+    r"|MV2_COMM_WORLD_|MVP_COMM_WORLD_|MPISPAWN_"
+    r"|SLURM|SRUN_|PALS_|FLUX_|PBS_|LSB_|COBALT_|ALPS_|PE_HOSTFILE$"
+)
+
+
+def without_launcher(environ: Mapping[str, str]) -> dict[str, str]:
+    """``environ`` as it was before a launcher started this process, as far as one can tell.
+
+    Another MPI job can be started in it; in ``environ`` itself its processes would report to this
+    job's launcher.
+    """
+    return {name: text for name, text in environ.items() if not _OF_THE_JOB.match(name)}
+
+
+def gpu_binding(environ: Mapping[str, str] = os.environ) -> str | None:
+    """The Slurm option by which each rank may see GPUs of its own only; None if there is none."""
+    bind, number = environ.get("SLURM_GPU_BIND", ""), environ.get("SLURM_GPUS_PER_TASK", "")
+    if bind == "none" or not (bind or number):
+        return None
+    return f"--gpu-bind={bind}" if bind else f"--gpus-per-task={number}"
 
 
 def refuse_singleton(launch: Launch, world_size: int, library: str) -> None:

@@ -99,7 +99,9 @@ def library_path() -> str | None:
     maps = Path("/proc/self/maps")
     if not maps.exists():
         return None
-    pattern = re.compile(r"\s(/\S*/libmpi(?:ch|_cray)?(?:\.so[\d.]*))$", re.MULTILINE)
+    pattern = re.compile(
+        r"\s(/\S*/libmpi(?:ch|_cray|_(?:gnu|intel|nvidia|amd)_\w+)?(?:\.so[\d.]*))$", re.MULTILINE
+    )
     match = pattern.search(maps.read_text())
     return match.group(1) if match else None
 

@@ -8,7 +8,7 @@ arrive in the order in which they were sent.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from mpiddl.errors import TagError
 from mpiddl.segments import chunked
@@ -17,7 +17,7 @@ from mpiddl.waits import ALREADY, AllOf, Wait
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-__all__ = ["LARGEST_MESSAGE", "Credits", "Messages", "RequestWait", "Tags"]
+__all__ = ["LARGEST_MESSAGE", "ByteMessages", "Credits", "Messages", "RequestWait", "Tags"]
 
 LARGEST_MESSAGE = 1 << 30
 """Bytes per MPI message: counts stay below 2**31 on every MPI."""
@@ -73,15 +73,37 @@ class Credits:
         return len(self._sends) < self._limit
 
 
-class Messages:
-    """Non-blocking byte messages on one private communicator."""
+class ByteMessages(Protocol):
+    """What carries bytes between ranks."""
 
-    def __init__(self, comm: MPI.Comm) -> None:
+    def send(self, address: int, nbytes: int, peer: int, tag: int) -> Wait:
+        """Send ``nbytes`` from ``address``; they must stay as they are until the wait is done."""
+        ...
+
+    def receive(self, address: int, nbytes: int, peer: int, tag: int) -> Wait:
+        """Receive ``nbytes`` into ``address``; they may be read once the wait is done."""
+        ...
+
+
+class Messages:
+    """Non-blocking byte messages on one private communicator.
+
+    Args:
+        comm: The communicator.
+        largest: Bytes of an MPI message; larger ones go in pieces, on both sides.
+    """
+
+    def __init__(self, comm: MPI.Comm, largest: int = LARGEST_MESSAGE) -> None:
         from mpi4py import MPI
 
         self._comm = comm
+        self._largest = largest
         self._byte = MPI.BYTE
         self._memory = MPI.memory.fromaddress
+
+    def in_pieces(self, largest: int) -> Messages:
+        """The same, in MPI messages of at most ``largest`` bytes."""
+        return Messages(self._comm, largest)
 
     def send(self, address: int, nbytes: int, peer: int, tag: int) -> Wait:
         """Send ``nbytes`` from ``address``; they must stay as they are until the wait is done."""
@@ -94,11 +116,11 @@ class Messages:
     def _start(
         self, start: Callable[..., MPI.Request], address: int, nbytes: int, peer: int, tag: int
     ) -> Wait:
-        if nbytes <= LARGEST_MESSAGE:
+        if nbytes <= self._largest:
             if nbytes == 0:  # both sides know the length: nothing to say
                 return ALREADY
             return RequestWait(start([self._memory(address, nbytes), self._byte], peer, tag))
-        pieces = chunked(slice(0, nbytes), LARGEST_MESSAGE)
+        pieces = chunked(slice(0, nbytes), self._largest)
         return AllOf(
             self._start(start, address + piece.start, piece.stop - piece.start, peer, tag)
             for piece in pieces

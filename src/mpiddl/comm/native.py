@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from mpiddl.comm.messages import RequestWait
-from mpiddl.waits import Wait
+from mpiddl.waits import Queue, Wait
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -32,9 +32,13 @@ class Native:
     """The MPI library's collectives on a communicator of their own.
 
     They match by the order in which they are started, which must be the same on every rank.
+
+    Attributes:
+        queue: Of those that cannot start at once.
     """
 
     def __init__(self, comm: MPI.Comm) -> None:
+        self.queue = Queue()
         self._comm = comm.Dup()
         self.free = self._comm.Free
 

@@ -48,12 +48,12 @@ class Choice(NamedTuple):
     chunk_bytes: int
 
 
-def cluster_name(layout: Layout) -> str:
-    """What results depend on: the MPI library, hosts x ranks per host, the device."""
+def cluster_name(layout: Layout, kind: str = "cpu") -> str:
+    """What results depend on: the MPI library, hosts x ranks per host, the kind of device."""
     sizes = sorted({len(ranks) for ranks in layout.nodes})
     ranks = "-".join(map(str, sizes))
     mpi = library.describe()["library"]
-    return f"{mpi}, {layout.num_nodes}x{ranks} ranks, cpu"
+    return f"{mpi}, {layout.num_nodes}x{ranks} ranks, {kind}"
 
 
 def tune_file(setting: str) -> Path:
@@ -64,14 +64,14 @@ def tune_file(setting: str) -> Path:
     return Path(cache) / "mpiddl" / "tune.json"
 
 
-def read_choices(setting: str, layout: Layout) -> list[Choice]:
+def read_choices(setting: str, layout: Layout, kind: str = "cpu") -> list[Choice]:
     """What was measured for this cluster, from small to large; empty if nothing was.
 
     A file that is not ours, or broken, is ignored with one warning.
     """
     path = tune_file(setting)
     try:
-        return _choices(path, cluster_name(layout))
+        return _choices(path, cluster_name(layout, kind))
     except FileNotFoundError:
         if not setting:
             return []
@@ -122,7 +122,7 @@ def write_choices(path: Path, cluster: str, measured: str, choices: Sequence[Cho
     _write(path, {**clusters, cluster: {**kept, **entry}})
 
 
-def read_training(setting: str, layout: Layout, model: str) -> Any:
+def read_training(setting: str, layout: Layout, model: str, kind: str = "cpu") -> Any:
     """What a job found out for a model with this fingerprint; None if none did.
 
     Only from a file that MPIDDL_TUNE names. The caller sees whether the values can be used.
@@ -130,12 +130,14 @@ def read_training(setting: str, layout: Layout, model: str) -> Any:
     if not setting:
         return None
     try:
-        return _clusters(Path(setting))[cluster_name(layout)]["training"][model]
+        return _clusters(Path(setting))[cluster_name(layout, kind)]["training"][model]
     except (OSError, ValueError, TypeError, LookupError):
         return None
 
 
-def write_training(setting: str, layout: Layout, model: str, found: dict[str, Any]) -> None:
+def write_training(
+    setting: str, layout: Layout, model: str, found: dict[str, Any], kind: str = "cpu"
+) -> None:
     """Remember what this job found out, in the file that MPIDDL_TUNE names, if it names one.
 
     Raises:
@@ -143,7 +145,7 @@ def write_training(setting: str, layout: Layout, model: str, found: dict[str, An
     """
     if not setting:
         return
-    path, cluster = Path(setting), cluster_name(layout)
+    path, cluster = Path(setting), cluster_name(layout, kind)
     try:
         clusters = _clusters(path)
     except (OSError, ValueError, TypeError, LookupError):

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import torch
     from mpi4py import MPI
 
-__all__ = ["Window", "Windows", "make_fence"]
+__all__ = ["Window", "Windows", "make_fence", "refuse_other_sizes"]
 
 FOLDER = Path("/dev/shm")  # noqa: S108 - memory of the node, by definition
 PREFIX = "mpiddl-"
@@ -89,13 +89,7 @@ class Windows:
             MismatchError: On every rank, if ranks ask for different sizes.
         """
         part_bytes = max(1, -(-nbytes // mmap.PAGESIZE)) * mmap.PAGESIZE
-        asked = exchange(self._comm, part_bytes)
-        if len(set(asked)) > 1:
-            wanted = ", ".join(f"rank {rank} {size}" for rank, size in enumerate(asked[:8]))
-            raise MismatchError(
-                f"ranks asked for shared memory of different sizes (bytes: {wanted}); every rank "
-                "must pass the same shape and dtype"
-            )
+        refuse_other_sizes(self._comm, part_bytes, "shared memory")
         path, problem = None, None
         if self._rank == 0:
             path, problem = _create(part_bytes * self._size)
@@ -165,6 +159,17 @@ class Windows:
             _at(start + rank * part_bytes + offset, length, dtype)
             for rank, offset in enumerate(offsets)
         ]
+
+
+def refuse_other_sizes(comm: MPI.Comm, nbytes: int, what: str) -> None:
+    """Raise MismatchError on every rank if they do not ask for the same ``nbytes``. Collective."""
+    asked = exchange(comm, nbytes)
+    if len(set(asked)) > 1:
+        wanted = ", ".join(f"rank {rank} {size}" for rank, size in enumerate(asked[:8]))
+        raise MismatchError(
+            f"ranks asked for {what} of different sizes (bytes: {wanted}); every rank must pass "
+            "the same shape and dtype"
+        )
 
 
 def _at(address: int, length: int, dtype: torch.dtype) -> torch.Tensor:

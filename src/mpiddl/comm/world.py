@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import os
 import socket
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from mpiddl.comm import failure, flight, launchers, library
+from mpiddl.comm import failure, flight, gpus, launchers, library
 from mpiddl.comm.layout import exchange, find_layout
 from mpiddl.comm.messages import Messages, Tags
 from mpiddl.comm.native import Native
+from mpiddl.comm.processes import refuse_child_process
 from mpiddl.comm.reach import find_reach
 from mpiddl.comm.threads import limit_torch_threads
 from mpiddl.comm.tuning import Choice, read_choices
@@ -49,6 +48,8 @@ class World:
         num_nodes: Number of nodes.
         hostname: Name of this node.
         device: Where tensors of this rank belong.
+        on_gpu: Whether that is a GPU.
+        gpu_sharers: The most ranks of the job that use one GPU; 0 without GPUs.
         layout: The four above, and the cores of this rank.
         launch: What the launcher announced.
         settings: The MPIDDL_* settings of rank 0, the same on every rank.
@@ -57,7 +58,8 @@ class World:
         native: The MPI library's own collectives.
         windows: Memory that the ranks of this node share.
         reach: The other memory of the ranks of this node; None where the system forbids it.
-        tuned: What ``mpiddl tune`` found for these ranks, from small to large sizes.
+        tuned: What ``mpiddl tune`` found for these ranks and that kind of device, from small to
+            large sizes.
         lane_window: The window through which collectives that users start meet; None without.
     """
 
@@ -85,7 +87,10 @@ class World:
         self.windows = Windows(self._comm, self._node)
         self.lane_window = self.windows.allocate(LANE_BYTES) if self.size > 1 else None
         self.reach = find_reach(self._comm, self._node, settings.single_copy)
-        choices = read_choices(settings.tune, self.layout) if self.rank == 0 else []
+        kind = str(device).partition(":")[0]
+        self.on_gpu = kind != "cpu"
+        self.gpu_sharers = 0
+        choices = read_choices(settings.tune, self.layout, kind) if self.rank == 0 else []
         self.tuned = [Choice(*choice) for choice in exchange(self._comm, choices)[0]]
         self.settings = settings
 
@@ -138,6 +143,7 @@ class World:
         group = World(part, self.launch, self.settings, self._device)
         # The others still want their cores.
         crowded = group.layout.crowded or self.layout.crowded
+        group.gpu_sharers = self.gpu_sharers
         group.layout = dataclasses.replace(group.layout, crowded=crowded)
         part.Free()
         return group
@@ -147,6 +153,11 @@ class World:
         from mpi4py import MPI
 
         return comm.Compare(self._comm) in (MPI.IDENT, MPI.CONGRUENT)
+
+    @property
+    def comms(self) -> tuple[MPI.Comm, MPI.Comm]:
+        """All ranks, and those of this node: for what is agreed on while memory is made."""
+        return self._comm, self._node
 
     @property
     def bucket_native(self) -> Native:
@@ -216,21 +227,25 @@ def init(comm: MPI.Comm | None = None, *, device: str | torch.device | None = No
 
     Args:
         comm: An mpi4py communicator to duplicate; default MPI.COMM_WORLD.
-        device: Where tensors of this rank belong; default the CPU, the only one so far.
+        device: Where tensors of this rank belong; default this rank's GPU where torch sees GPUs
+            (local rank modulo their number), else the CPU.
 
     Raises:
+        ValueError: ``device`` does not exist.
         NoMpiError: No MPI library could be loaded.
         SingletonError: The launcher announced several ranks and MPI found one.
         LaunchError: Called in a data loader's worker or another child process.
         SettingsError: An MPIDDL_* variable is unknown or has a bad value.
     """
     global _current
-    _refuse_child_process()
+    refuse_child_process(running=_current is not None)
     if _current is not None:
         if comm is not None and not _current.has_ranks_of(comm):
             raise LaunchError("mpiddl.init() was called before with another communicator")
         return _current
     launch = launchers.read_launch()
+    # Before MPI starts: it may need the GPU that this rank uses, and keeps the one it finds.
+    place = gpus.choose_device(device, launch.local_rank)
     MPI = library.load(launch)
     everyone = MPI.COMM_WORLD
     failure.install(everyone.Get_rank(), everyone.Get_size(), socket.gethostname(), everyone.Abort)
@@ -238,7 +253,9 @@ def init(comm: MPI.Comm | None = None, *, device: str | torch.device | None = No
     name = library.library_name(MPI.Get_library_version())
     launchers.refuse_singleton(launch, everyone.Get_size(), name)
     settings = _settings_of_first(comm or everyone)
-    world = World(comm or everyone, launch, settings, device or "cpu")
+    world = World(comm or everyone, launch, settings, place)
+    world.gpu_sharers = gpus.sharing(exchange(world._comm, gpus.identity(place)), world.layout)
+    gpus.report(world.gpu_sharers, world.rank)
     if launch.local_rank not in (None, world.local_rank) and comm is None:
         logger.warning(
             "%s announced local rank %d, shared memory says %d; the latter counts",
@@ -282,28 +299,3 @@ def current_world() -> World:
     if _current is None:
         raise NotInitializedError("call mpiddl.init() first, on every rank")
     return _current
-
-
-_owner = os.getpid()
-
-
-def _is_importing_main() -> bool:
-    """Whether a spawned or forkserver child is still importing the parent's main module."""
-    return bool(getattr(multiprocessing.current_process(), "_inheriting", False))
-
-
-def _refuse_child_process() -> None:
-    """MPI belongs to the process that the launcher started."""
-    torch_data = sys.modules.get("torch.utils.data")
-    if torch_data is not None and torch_data.get_worker_info() is not None:
-        where = "a DataLoader worker"
-    elif multiprocessing.parent_process() is not None or _is_importing_main():
-        where = "a multiprocessing child"
-    elif _current is not None and os.getpid() != _owner:
-        where = "a forked child of a rank"
-    else:
-        return
-    raise LaunchError(
-        f"mpiddl.init() was called in {where}; call it in the main process of each rank only, "
-        "under `if __name__ == '__main__':`, and keep it out of modules that the data set imports"
-    )

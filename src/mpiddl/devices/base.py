@@ -2,22 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
 
+from mpiddl.comm.messages import ByteMessages
 from mpiddl.comm.world import World
+from mpiddl.waits import Wait
 
-__all__ = ["Buffer", "Device", "as_dtype"]
+__all__ = ["Buffer", "Device", "MappedMemory", "as_dtype"]
 
 Buffer = torch.Tensor
 """One-dimensional, contiguous, of one dtype, on one device."""
 
 
+class MappedMemory(Protocol):
+    """Finds memory that every rank of a node has mapped: windows."""
+
+    def find(self, address: int) -> tuple[int, int]:
+        """Number of the window in which ``address`` is, and how far from the start of this rank's
+        part; (0, 0) if it is in none."""
+        ...
+
+    def views(
+        self, number: int, offsets: Sequence[int], length: int, dtype: torch.dtype
+    ) -> list[Buffer]:
+        """Every rank's buffer at ``offsets`` in its part of a window."""
+        ...
+
+
 class Device(Protocol):
-    """Memory and arithmetic of one kind of device."""
+    """Memory and arithmetic of one kind of device.
+
+    A device may be late: ``copy``, ``scale``, ``fold`` and ``combine`` are carried out one after
+    the other, but maybe long after they return, and MPI knows nothing of that. So a collective
+    waits for a ``fence`` before it sends what one of them has written, and before it receives into
+    what one of them still reads or writes. Memory belongs either to whoever calls a
+    collective, or, from ``take_over`` to ``hand_back``, to the collective.
+
+    Attributes:
+        late: Whether that is so; on the host all happens at once.
+        in_cache: Whether memory that was just combined is cheap to read again.
+    """
+
+    late: bool
+    in_cache: bool
 
     def empty(self, length: int, dtype: torch.dtype, world: World) -> Buffer:
         """Memory that the other ranks of the node can reach, where there is such memory; not
@@ -26,7 +57,12 @@ class Device(Protocol):
         ...
 
     def scratch(self, length: int, dtype: torch.dtype) -> AbstractContextManager[Buffer]:
-        """Memory for as long as a collective runs, uninitialised."""
+        """Memory for as long as a collective runs, uninitialised. What used it before may still
+        be under way: receive into it after a fence."""
+        ...
+
+    def copy(self, target: Buffer, source: Buffer) -> None:
+        """``target = source``, of the same dtype or, on the device's own memory, of another."""
         ...
 
     def scale(self, buffer: Buffer, weight: float) -> None:
@@ -41,13 +77,66 @@ class Device(Protocol):
         ...
 
     def combine(
-        self, op: str, sources: Sequence[Buffer], weights: Sequence[float] | None, target: Buffer
+        self,
+        op: str,
+        sources: Sequence[Buffer],
+        weights: Sequence[float] | None,
+        targets: Sequence[Buffer],
     ) -> None:
-        """``target = op(w0 * source0, w1 * source1, ...)``, in that order.
+        """``target = op(w0 * source0, w1 * source1, ...)``, in that order, for every target.
 
-        ``target`` may be one of the sources. Weights are for sums; a weight of 0 leaves its source
+        A target may be one of the sources. Weights are for sums; a weight of 0 leaves its source
         out, whatever is there. 16-bit floats are added in float32 and rounded once.
         """
+        ...
+
+    def fence(self) -> Wait:
+        """Done when all of the above that was asked for up to now has happened."""
+        ...
+
+    def caller(self) -> int:
+        """The stream on which whoever calls works; a number that ``take_over`` understands."""
+        ...
+
+    def after(self, callers: Iterable[int]) -> AbstractContextManager[object]:
+        """What the caller's stream is asked within comes after all that these streams were asked so
+        far, and before what they are asked from then on."""
+        ...
+
+    def take_over(self, callers: Iterable[int] | None = None) -> None:
+        """What is asked of this device from now on comes after all that these streams have been
+        asked so far; None: that of whoever calls."""
+        ...
+
+    def hand_back(self) -> None:
+        """What is asked of the caller's stream from now on comes after all that was asked of this
+        device so far."""
+        ...
+
+    def stream(self) -> AbstractContextManager[object]:
+        """What torch is asked within comes after all of the above, and before what follows."""
+        ...
+
+    def settled(self) -> Wait:
+        """Done when all that the caller's stream was asked so far has happened: for those who
+        measure time."""
+        ...
+
+    def mapped(self, world: World) -> MappedMemory:
+        """The windows of ``world`` on this device."""
+        ...
+
+    def messages(self, world: World) -> ByteMessages:
+        """Carries this device's memory between ranks."""
+        ...
+
+    def stagings(self, world: World) -> Sequence[str]:
+        """The ways that messages can go on this rank, ``"device"`` or ``"host"``; first the one
+        that they do go. Empty where there is no choice."""
+        ...
+
+    def use_staging(self, world: World, staging: str) -> None:
+        """Let messages go another way from now on: to compare them. None may be under way."""
         ...
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
+from mpiddl.comm.messages import Messages
+from mpiddl.comm.windows import Windows
 from mpiddl.comm.world import World
 from mpiddl.devices.base import Buffer, as_dtype
+from mpiddl.waits import ALREADY, Wait
 
 __all__ = ["HOST", "HostDevice"]
 
@@ -27,6 +30,8 @@ class HostDevice:
     16-bit floats are computed in float32, and each result is rounded once.
     """
 
+    late = False
+    in_cache = True
     KEPT_BYTES = 64 << 20  # scratch that waits for the next collective
 
     def __init__(self) -> None:
@@ -60,6 +65,9 @@ class HostDevice:
             kept.append(memory)
             self._kept_bytes += nbytes
 
+    def copy(self, target: Buffer, source: Buffer) -> None:
+        target.copy_(source)
+
     def scale(self, buffer: Buffer, weight: float) -> None:
         if weight == 0:  # 0 * nan would be nan
             buffer.zero_()
@@ -78,11 +86,23 @@ class HostDevice:
             torch.add(incoming, partial, alpha=weight, out=partial)
 
     def combine(
+        self,
+        op: str,
+        sources: Sequence[Buffer],
+        weights: Sequence[float] | None,
+        targets: Sequence[Buffer],
+    ) -> None:
+        first, *others = targets
+        if weights is None and len(sources) == 2:
+            _FOLDS[op](*sources, out=first)  # 16 bits: computed in float32, rounded once
+        else:
+            self._combine(op, sources, weights, first)
+        for other in others:  # the result is in the cache still
+            other.copy_(first)
+
+    def _combine(
         self, op: str, sources: Sequence[Buffer], weights: Sequence[float] | None, target: Buffer
     ) -> None:
-        if weights is None and len(sources) == 2:
-            _FOLDS[op](*sources, out=target)  # 16 bits: computed in float32, rounded once
-            return
         pairs = [(source, 1.0) for source in sources]
         if weights is not None:
             pairs = [(s, w) for s, w in zip(sources, weights, strict=True) if w != 0]
@@ -99,6 +119,39 @@ class HostDevice:
             _accumulate(op, pairs, weights is not None, total, total if narrow else target)
             if narrow:
                 target.copy_(total)
+
+    def fence(self) -> Wait:
+        return ALREADY
+
+    def caller(self) -> int:
+        return 0
+
+    def after(self, callers: Iterable[int]) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def take_over(self, callers: Iterable[int] | None = None) -> None:
+        pass
+
+    def hand_back(self) -> None:
+        pass
+
+    def stream(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def settled(self) -> Wait:
+        return ALREADY
+
+    def mapped(self, world: World) -> Windows:
+        return world.windows
+
+    def messages(self, world: World) -> Messages:
+        return world.messages
+
+    def stagings(self, world: World) -> Sequence[str]:
+        return ()
+
+    def use_staging(self, world: World, staging: str) -> None:
+        raise AssertionError("host memory goes in messages as it is")
 
 
 def _accumulate(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy
 
@@ -23,11 +23,15 @@ __all__ = ["Plan", "Row", "busbw_factor", "measure"]
 BYTES_PER_ROUND = 4 << 20
 MOST_CALLS = 200
 SEED = 0
+_Seconds = numpy.ndarray[Any, numpy.dtype[numpy.float64]]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; ``seconds`` is the median over rounds of the slowest rank's time."""
+    """One line of the table; ``seconds`` is the median over rounds of the slowest rank's time.
+
+    ``staging`` is how a GPU's messages went; None where none were sent, and on the host.
+    """
 
     collective: str
     algorithm: str
@@ -41,6 +45,7 @@ class Row:
     algbw: float
     busbw: float
     wrong: int | None
+    staging: str | None = None
 
     as_dict = asdict
 
@@ -79,39 +84,56 @@ def measure(
     Candidates take turns in random order, so that whatever else happens on the machine happens to
     all of them. The rows are the same on every rank.
     """
-    able: list[Candidate] = []
-    wrong: list[int] = []
+    able: dict[_Way, Candidate] = {}
+    wrong: list[int | None] = []
     for candidate in candidates:
         try:
-            wrong.append(candidate.prepare(case, plan.check))
-            able.append(candidate)
+            way = _Way(candidate.name, candidate.placement, candidate.staging_of(case))
+            if way not in able:  # without messages all stagings are the same
+                wrong.append(candidate.prepare(case, plan.check))
+                able[way] = candidate
         except (UnsupportedBufferError, PeerError) as error:
             yield f"{candidate.name} is left out: {error}"
+    if not able:
+        return
+    seconds = _take_turns(list(able.values()), case, plan)
+    all_reduce(seconds, op="max", world=world)
+    counts = numpy.array([count or 0 for count in wrong], dtype=numpy.int64)
+    all_reduce(counts, op="sum", world=world)
+    for place, way in enumerate(able):
+        median = float(numpy.median(seconds[place]))
+        algbw = case.nbytes / median / 1e9
+        yield Row(
+            collective=case.collective,
+            algorithm=way.algorithm,
+            placement=way.placement,
+            nbytes=case.nbytes,
+            dtype=str(case.dtype).removeprefix("torch."),
+            op=case.op,
+            ranks=world.size,
+            seconds=median,
+            seconds_p99=float(numpy.quantile(seconds[place], 0.99)),
+            algbw=algbw,
+            busbw=algbw * busbw_factor(case.collective, world.size),
+            wrong=None if wrong[place] is None else int(counts[place]),
+            staging=way.staging,
+        )
+
+
+class _Way(NamedTuple):
+    """What tells a row from the others of its case."""
+
+    algorithm: str
+    placement: str
+    staging: str | None
+
+
+def _take_turns(able: Sequence[Candidate], case: Case, plan: Plan) -> _Seconds:
+    """This rank's seconds per call, for each candidate those of all rounds that count."""
     order = random.Random(SEED)  # noqa: S311 - the same on every rank, no secret
     calls = max(1, min(MOST_CALLS, BYTES_PER_ROUND // max(1, case.nbytes)))
     seconds = numpy.zeros((len(able), plan.warmup + plan.repeats))
     for turn in range(plan.warmup + plan.repeats):
         for place in order.sample(range(len(able)), len(able)):
             seconds[place, turn] = able[place].time(calls, plan.fresh)
-    if not able:
-        return
-    all_reduce(seconds, op="max", world=world)
-    counts = numpy.array(wrong, dtype=numpy.int64)
-    all_reduce(counts, op="sum", world=world)
-    for candidate, times, count in zip(able, seconds[:, plan.warmup :], counts, strict=True):
-        median, p99 = float(numpy.median(times)), float(numpy.quantile(times, 0.99))
-        algbw = case.nbytes / median / 1e9
-        yield Row(
-            collective=case.collective,
-            algorithm=candidate.name,
-            placement=candidate.placement,
-            nbytes=case.nbytes,
-            dtype=str(case.dtype).removeprefix("torch."),
-            op=case.op,
-            ranks=world.size,
-            seconds=median,
-            seconds_p99=p99,
-            algbw=algbw,
-            busbw=algbw * busbw_factor(case.collective, world.size),
-            wrong=int(count) if plan.check else None,
-        )
+    return numpy.ascontiguousarray(seconds[:, plan.warmup :])

@@ -1,24 +1,24 @@
-"""What a bandwidth benchmark compares: mpiddl's algorithms, the MPI library, other libraries."""
+"""What a bandwidth benchmark compares: cases, candidates and the memory that they work on."""
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 import mpiddl
-from mpiddl.collectives.choose import ALGORITHMS, choose
-from mpiddl.comm.native import NATIVE_DTYPES, NATIVE_OPS
+from mpiddl.collectives.lanes import is_mapped
 from mpiddl.comm.world import World
-from mpiddl.errors import PeerError, UnsupportedBufferError
+from mpiddl.devices.base import Device
+from mpiddl.devices.registry import device_at
 from mpiddl.measure.patterns import count_wrong, fill, lengths
-from mpiddl.measure.peers import PEERS, Peer
-from mpiddl.measure.timing import seconds_of
+from mpiddl.measure.timing import seconds_of, wait_for
 
-__all__ = ["PLACEMENTS", "Buffers", "Candidate", "Case", "InProcess", "candidates", "names_of"]
+__all__ = ["PLACEMENTS", "Buffers", "Candidate", "Case", "InProcess"]
 
 PLACEMENTS = ("empty", "plain")
 """mpiddl.empty, and a tensor of torch's."""
@@ -44,8 +44,16 @@ class Candidate(Protocol):
     name: str
     placement: str
 
-    def prepare(self, case: Case, check: bool) -> int:
-        """Run once; the number of wrong elements on this rank, 0 unless ``check``. Collective.
+    def staging_of(self, case: Case) -> str | None:
+        """How a GPU's messages go, ``"device"`` or ``"host"``; None if ``case`` sends none.
+
+        Raises:
+            UnsupportedBufferError: It cannot do this; on every rank.
+        """
+        ...
+
+    def prepare(self, case: Case, check: bool) -> int | None:
+        """Run once; with ``check``, the number of wrong elements on this rank. Collective.
 
         Raises:
             UnsupportedBufferError, PeerError: It cannot do this; on every rank.
@@ -60,24 +68,25 @@ class Candidate(Protocol):
         ...
 
 
-def names_of(collective: str) -> list[str]:
-    """Every name that --algorithms may give."""
-    own = ["auto", *ALGORITHMS] if collective == "all-reduce" else ["auto"]
-    return [*own, *(["library"] if "library" not in own else []), *PEERS]
-
-
 class Buffers:
-    """Memory of one placement for the largest case, used by all candidates."""
+    """Memory of one placement for the largest case, used by all candidates.
+
+    Attributes:
+        device: That it is on.
+        mapped: The other ranks of the node reach it.
+        usable: It is what ``placement`` promises.
+    """
 
     def __init__(self, placement: str, collective: str, nbytes: int, world: World) -> None:
         make: Callable[..., torch.Tensor] = torch.empty
         if placement == "empty":
             make = mpiddl.empty
         self.placement = placement
+        self.device: Device = device_at(world.device)
         count = 1 if collective in ("all-reduce", "broadcast") else 2
-        self._memory = [make(nbytes, dtype=torch.uint8) for _ in range(count)]
-        in_windows = [world.windows.find(memory.data_ptr())[0] for memory in self._memory]
-        self.usable = placement == "plain" or world.size == 1 or all(in_windows)
+        self._memory = [make(nbytes, dtype=torch.uint8, device=world.device) for _ in range(count)]
+        self.mapped = all(is_mapped(memory, self.device, world) for memory in self._memory)
+        self.usable = placement == "plain" or world.size == 1 or self.mapped
 
     def views(self, case: Case, world: World) -> tuple[torch.Tensor, torch.Tensor]:
         """Input and output; the same where a collective works in place."""
@@ -89,94 +98,63 @@ class Buffers:
 
 
 class InProcess(ABC):
-    """A collective that this process runs."""
+    """A collective that this process runs.
 
-    def __init__(self, name: str, buffers: Buffers, world: World) -> None:
+    Args:
+        name: What it is called.
+        buffers: What it works on.
+        world: The ranks.
+        staging: How messages go; None where there is no choice.
+    """
+
+    checked = True
+    """The result is that of the collective."""
+
+    def __init__(
+        self, name: str, buffers: Buffers, world: World, staging: str | None = None
+    ) -> None:
         self.name = name
         self.placement = buffers.placement
         self._buffers = buffers
         self._world = world
+        self._staging = staging
         self._call: Callable[[], Any] = lambda: None
 
-    def prepare(self, case: Case, check: bool) -> int:
+    def staging_of(self, case: Case) -> str | None:
+        return self._staging if self._staging and self.sends(case) else None
+
+    def prepare(self, case: Case, check: bool) -> int | None:
+        self._choose_staging()
         source, target = self._buffers.views(case, self._world)
         self._call, self._source = self.bind(case, source, target), source
         rank, size = self._world.rank, self._world.size
         fill(source, rank, size, case.op)
         self._call()
-        wrong = count_wrong(target, case.collective, rank, size, case.op) if check else 0
+        wrong = None
+        if check and self.checked:
+            wrong = count_wrong(target, case.collective, rank, size, case.op)
         source.zero_()
         return wrong
 
     def time(self, calls: int, fresh: bool) -> float:
-        return seconds_of(self._call, calls, mpiddl.barrier, self._source if fresh else None)
+        self._choose_staging()
+        settle = functools.partial(_settle, self._buffers.device)
+        return seconds_of(
+            self._call, calls, mpiddl.barrier, self._source if fresh else None, settle
+        )
+
+    def _choose_staging(self) -> None:
+        if self._staging is not None:
+            self._buffers.device.use_staging(self._world, self._staging)
+
+    def sends(self, case: Case) -> bool:
+        """Whether messages of this device's memory take part."""
+        return self._world.size > 1
 
     @abstractmethod
     def bind(self, case: Case, source: torch.Tensor, target: torch.Tensor) -> Callable[[], Any]:
         """What ``time`` calls."""
 
 
-class _Own(InProcess):
-    def bind(self, case: Case, source: torch.Tensor, target: torch.Tensor) -> Callable[[], Any]:
-        op = case.op
-        if case.collective == "all-reduce":
-            choose(self.name, case.dtype, source.nbytes, self._world)  # raises, if it cannot
-            algorithm = None if self.name == self._world.settings.algorithm else self.name
-            return lambda: mpiddl.all_reduce(source, op, algorithm=algorithm)
-        if case.collective == "broadcast":
-            return lambda: mpiddl.broadcast(source)
-        if case.collective == "reduce-scatter":
-            return lambda: mpiddl.reduce_scatter(target, source, op)
-        if case.collective == "all-gather":
-            return lambda: mpiddl.all_gather(target, source)
-        return lambda: mpiddl.all_to_all(target, source)
-
-
-class _Library(InProcess):
-    def bind(self, case: Case, source: torch.Tensor, target: torch.Tensor) -> Callable[[], Any]:
-        dtype = str(case.dtype).removeprefix("torch.")
-        adds = case.collective in ("all-reduce", "reduce-scatter")
-        if adds and (dtype not in NATIVE_DTYPES or case.op not in NATIVE_OPS):
-            raise UnsupportedBufferError(f"the MPI library has no {case.op} of {dtype}")
-        pair = [(tensor.data_ptr(), tensor.nbytes) for tensor in (source, target)]
-        return self._world.native.blocking(case.collective, pair[0], pair[1], dtype, case.op)
-
-
-class _Beside:
-    """A collective that a process beside this one runs."""
-
-    placement = "plain"
-
-    def __init__(self, name: str, world: World) -> None:
-        self.name = name
-        self._peer = Peer(name, world)
-
-    def prepare(self, case: Case, check: bool) -> int:
-        dtype = str(case.dtype).removeprefix("torch.")
-        arguments = {"length": case.length, "dtype": dtype, "op": case.op, "check": check}
-        wrong: int = self._peer.order("prepare", collective=case.collective, **arguments)
-        return wrong
-
-    def time(self, calls: int, fresh: bool) -> float:
-        seconds: float = self._peer.order("time", calls=calls, fresh=fresh)
-        return seconds
-
-
-def candidates(
-    names: Sequence[str], collective: str, nbytes: int, world: World
-) -> tuple[list[Candidate], dict[str, str]]:
-    """The candidates called ``names``, and why others of them cannot run. Collective."""
-    found: list[Candidate] = []
-    missing: dict[str, str] = {}
-    own = [name for name in names if name not in PEERS]
-    placements = [Buffers(place, collective, nbytes, world) for place in PLACEMENTS if own]
-    for name in names:
-        if name in PEERS:
-            try:
-                found.append(_Beside(name, world))
-            except PeerError as error:
-                missing[name] = str(error)
-        else:
-            kind = _Library if name == "library" else _Own
-            found += [kind(name, buffers, world) for buffers in placements if buffers.usable]
-    return found, missing
+def _settle(device: Device) -> None:
+    wait_for(device.settled())

@@ -19,7 +19,9 @@ import psutil
 import mpiddl
 from mpiddl.comm import library
 from mpiddl.comm.world import World
-from mpiddl.devices.probe import cuda_awareness
+from mpiddl.devices.probe import staging_verdict
+from mpiddl.devices.probe_facts import ucx_facts
+from mpiddl.measure.gpus import gpu_facts
 from mpiddl.overlap.calls import gather_json
 
 __all__ = ["VIRTUAL_INTERFACE", "environment_of", "first_interface", "rank_facts"]
@@ -29,12 +31,14 @@ VIRTUAL_INTERFACE = re.compile(r"docker|virbr|veth|br-|cni|flannel|podman")
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where MPI libraries put it
 
 
-def rank_facts(world: World | None) -> dict[str, Any]:
+def rank_facts(world: World | None, test: bool = False) -> dict[str, Any]:
     """Facts of this rank.
 
     Args:
         world: This rank's world; None where MPI could not be started.
+        test: Whether child processes may try if MPI reads GPU memory, where nothing else tells.
     """
+    gpu = gpu_facts(world)
     return {
         "hostname": socket.gethostname(),
         "cpu": _cpu(),
@@ -48,8 +52,8 @@ def rank_facts(world: World | None) -> dict[str, Any]:
         else None,
         "interfaces": _interfaces(),
         "versions": _versions(),
-        "gpu": _gpu(),
-        "mpi": None if world is None else _mpi(),
+        "gpu": gpu,
+        "mpi": None if world is None else _mpi(world, test and gpu["device"] is not None),
         "place": None if world is None else _place(world),
     }
 
@@ -64,6 +68,8 @@ def environment_of(world: World) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "mpi": facts["mpi"]["library"],
         "mpi_defaults": facts["mpi"]["defaults"],
+        "ucx": facts["mpi"]["ucx"],
+        "cuda_aware": facts["mpi"]["cuda_aware"],
         "hosts": sorted({rank["hostname"] for rank in ranks}),
         "settings": dataclasses.asdict(world.settings),
         "ranks": ranks,
@@ -91,13 +97,22 @@ def _place(world: World) -> dict[str, int]:
     }
 
 
-def _mpi() -> dict[str, Any]:
+def _mpi(world: World, test: bool) -> dict[str, Any]:
     described = library.describe()
-    awareness = cuda_awareness(described["library"] or "", described["path"])
+    awareness = staging_verdict(
+        world.settings.staging,
+        described["library"] or "",
+        described["path"],
+        world.device.index or 0,
+        test=test and world.local_rank == 0,
+    )
     return {
         **described,
         "cuda_aware": awareness.answer,
         "cuda_aware_reason": awareness.reason,
+        "ucx": ucx_facts(),
+        "ucx_tls": os.environ.get("UCX_TLS"),
+        "ucx_memtype_cache": os.environ.get("UCX_MEMTYPE_CACHE"),
         "defaults": library.defaults(),
         "tcp_eager_bytes": os.environ.get(library.EAGER_LIMIT),
     }
@@ -115,19 +130,6 @@ def _versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
     return versions
-
-
-def _gpu() -> dict[str, Any]:
-    import torch
-
-    driver = Path("/proc/driver/nvidia/version")
-    devices = range(torch.cuda.device_count())
-    return {
-        "driver": driver.read_text().splitlines()[0] if driver.exists() else None,
-        "torch_cuda": torch.version.cuda,
-        "devices": [torch.cuda.get_device_name(device) for device in devices],
-        "torch_threads": torch.get_num_threads(),
-    }
 
 
 def _interfaces() -> list[dict[str, Any]]:

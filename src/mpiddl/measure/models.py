@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-__all__ = ["DEFAULTS", "ModelSpec", "batches", "build", "loss_of"]
+__all__ = ["DEFAULTS", "USUAL", "ModelSpec", "batches", "build", "loss_of"]
 
 MODEL_SEED = 0
 DATA_SEED = 1000
@@ -21,7 +21,7 @@ class ModelSpec:
     """A model and how much of it.
 
     Attributes:
-        name: mlp, cnn or transformer.
+        name: One of ``DEFAULTS``.
         width: Features of a layer; of the CNN, channels of its first stage.
         layers: Linear layers; stages of two convolutions, each with twice the channels of the one
             before and half its height and width; transformer blocks.
@@ -44,8 +44,11 @@ DEFAULTS = {
         ModelSpec("mlp", width=2048, layers=6, batch=64),
         ModelSpec("cnn", width=64, layers=3, batch=16),
         ModelSpec("transformer", width=256, layers=4, batch=8, context=64),
+        ModelSpec("transformer-large", width=768, layers=14, batch=8, context=256),
     )
 }
+USUAL = {"cpu": "mlp,cnn,transformer", "cuda": "mlp,cnn,transformer-large"}
+"""What is trained unless the user says more; the large one has 100 million parameters."""
 
 
 class _Transformer(nn.Module):
@@ -95,17 +98,20 @@ def _cnn(spec: ModelSpec) -> nn.Module:
 
 
 def build(spec: ModelSpec) -> nn.Module:
-    """The model, with the same parameters wherever it is built."""
-    make = {"mlp": _mlp, "cnn": _cnn, "transformer": _Transformer}[spec.name]
+    """The model, in host memory, with the same parameters wherever it is built."""
+    make = {"mlp": _mlp, "cnn": _cnn}.get(spec.name, _Transformer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(MODEL_SEED)
         return make(spec)
 
 
-def batches(spec: ModelSpec, rank: int, count: int) -> list[tuple[Tensor, Tensor]]:
-    """``count`` batches of inputs and targets, the same whenever this rank asks."""
+def batches(
+    spec: ModelSpec, rank: int, count: int, device: str = "cpu"
+) -> list[tuple[Tensor, Tensor]]:
+    """``count`` batches of inputs and targets, the same whenever and wherever this rank asks."""
     random = torch.Generator().manual_seed(DATA_SEED + rank)
-    return [_batch(spec, random) for _ in range(count)]
+    drawn = [_batch(spec, random) for _ in range(count)]
+    return [(inputs.to(device), targets.to(device)) for inputs, targets in drawn]
 
 
 def _batch(spec: ModelSpec, random: torch.Generator) -> tuple[Tensor, Tensor]:

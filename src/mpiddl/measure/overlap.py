@@ -72,6 +72,7 @@ class Row:
             changed; None where there is nothing to compare.
         agrees_with: The candidate that this is measured against.
         rounds: ``seconds`` of each round.
+        device: Where the model is, cpu or cuda.
     """
 
     model: str
@@ -89,6 +90,7 @@ class Row:
     deviation: float | None
     agrees_with: str | None
     rounds: list[float]
+    device: str = "cpu"
 
     as_dict = dataclasses.asdict
 
@@ -130,6 +132,7 @@ def measure(
                 deviation=deviation,
                 agrees_with=agrees_with,
                 rounds=times.tolist(),
+                device=world.device.type,
             )
         )
     return rows

@@ -19,11 +19,22 @@ from mpiddl.measure.steps import LEARNING_RATE, Cost, Training, Way, sgd
 from mpiddl.overlap.calls import all_reduce, barrier
 from mpiddl.training.data_parallel import DataParallel
 
-__all__ = ["ENGINES", "NAMES", "Candidate", "Options", "Others", "candidates", "expanded"]
+__all__ = [
+    "ENGINES",
+    "NAMES",
+    "USUAL",
+    "Candidate",
+    "Options",
+    "Others",
+    "candidates",
+    "expanded",
+]
 
-NAMES = ("none", "none/again", "after", "mpiddl", "next", "ddp", "ddp/views", "horovod")
+LIBRARY_OF = {"ddp": "gloo", "ddp/views": "gloo", "ddp/nccl": "nccl", "horovod": "horovod"}
+NAMES = ("none", "none/again", "after", "mpiddl", "next", *LIBRARY_OF)
+USUAL = {"cpu": "none/again,mpiddl,next,ddp,horovod", "cuda": "none/again,mpiddl,next,ddp,ddp/nccl"}
+"""Those that are compared unless the user says more."""
 ENGINES = ("inline", "after", "thread", "auto")
-LIBRARY_OF = {"ddp": "gloo", "ddp/views": "gloo", "horovod": "horovod"}
 WITH_ENGINE = ("mpiddl", "next")
 
 
@@ -61,9 +72,8 @@ class _Here:
         self, name: str, spec: ModelSpec, make_way: Callable[[nn.Module], Way], world: World
     ) -> None:
         self.name = name
-        self._training = Training(
-            spec, world.rank, make_way, functools.partial(barrier, world=world)
-        )
+        meet = functools.partial(barrier, world=world)
+        self._training = Training(spec, world.rank, make_way, meet, str(world.device))
 
     def run(self, steps: int) -> Cost:
         return self._training.run(steps)
@@ -75,10 +85,12 @@ class _Here:
 class _Beside:
     """Trains in another library's process beside this one."""
 
-    def __init__(self, name: str, spec: ModelSpec, peer: Peer, options: dict[str, Any]) -> None:
+    def __init__(
+        self, name: str, spec: ModelSpec, peer: Peer, options: dict[str, Any], device: str
+    ) -> None:
         self.name = name
         self._peer = peer
-        peer.order("train", training=name, spec=spec.as_dict(), options=options)
+        peer.order("train", training=name, spec=spec.as_dict(), options=options, device=device)
 
     def run(self, steps: int) -> Cost:
         return Cost(*self._peer.order("run", training=self.name, steps=steps))
@@ -101,6 +113,10 @@ class Others:
         Raises:
             PeerError: On every rank: it cannot be had.
         """
+        sharers = self._world.gpu_sharers
+        if library == "nccl" and sharers != 1:
+            why = f"up to {sharers} ranks share one" if sharers else "these have none"
+            raise PeerError(f"ddp/nccl needs a GPU for each rank, and {why}")
         if library not in self._peers:
             self._peers[library] = Peer(library, self._world)
         return self._peers[library]
@@ -124,7 +140,8 @@ def candidates(
         try:
             if name in LIBRARY_OF:
                 settings = {"bucket_size": options.ddp_bucket_size, "views": name == "ddp/views"}
-                found.append(_Beside(name, spec, others.find(LIBRARY_OF[name]), settings))
+                peer, device = others.find(LIBRARY_OF[name]), str(world.device)
+                found.append(_Beside(name, spec, peer, settings, device))
             else:
                 kind, _, engine = name.partition("/")
                 make_way = functools.partial(WAYS[kind], engine, options, world)

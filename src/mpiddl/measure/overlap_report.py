@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from mpiddl.measure.models import ModelSpec, build
 from mpiddl.measure.overlap import BASELINE, TOLERANCE, Row
@@ -14,6 +17,7 @@ from mpiddl.measure.overlap import BASELINE, TOLERANCE, Row
 __all__ = ["HEADINGS", "PEER", "describe_model", "line_of", "problems", "ratios", "write_json"]
 
 PEER = "ddp"
+PEERS = (PEER, "ddp/nccl")
 """What mpiddl is to replace."""
 
 _WIDTHS = {
@@ -43,7 +47,8 @@ HEADINGS = _join(list(_WIDTHS))
 
 def describe_model(spec: ModelSpec) -> dict[str, Any]:
     """The model's sizes, and how many bytes its gradients have."""
-    parameters = list(build(spec).parameters())
+    with torch.device("meta"):
+        parameters = list(build(spec).parameters())
     facts = {"parameters": sum(p.numel() for p in parameters), "tensors": len(parameters)}
     return {**spec.as_dict(), **facts, "gradient_bytes": sum(p.nbytes for p in parameters)}
 
@@ -70,16 +75,16 @@ def ratios(rows: Sequence[Row]) -> list[str]:
     exposed: dict[str, dict[str, float]] = {}
     for row in rows:
         exposed.setdefault(row.candidate, {})[row.model] = row.exposed
-    peer = exposed.get(PEER, {})
     lines = []
-    for name, ours in exposed.items():
-        if name.startswith(BASELINE) or name == PEER or not peer or ours.keys() != peer.keys():
+    for peer, name in itertools.product(PEERS, exposed):
+        ours, theirs = exposed[name], exposed.get(peer, {})
+        if name.startswith(BASELINE) or name in PEERS or ours.keys() != theirs.keys():
             continue
-        shares = {model: _share(ours[model], peer[model]) for model in ours}
+        shares = {model: _share(ours[model], theirs[model]) for model in ours}
         if len(ours) > 1:
-            shares["together"] = _share(sum(ours.values()), sum(peer.values()))
+            shares["together"] = _share(sum(ours.values()), sum(theirs.values()))
         found = ", ".join(f"{model} {share:.2f}" for model, share in shares.items())
-        lines.append(f"exposed by {name} / by {PEER}: {found}")
+        lines.append(f"exposed by {name} / by {peer}: {found}")
     return lines
 
 

@@ -34,10 +34,14 @@ class Gloo:
         )
         return int(self._store.port)
 
-    def join(self, place: dict[str, Any]) -> None:
-        store = self._store or TCPStore(
+    def store_of(self, place: dict[str, Any]) -> TCPStore:
+        """Through which the processes meet."""
+        return self._store or TCPStore(
             place["address"], place["port"], is_master=False, timeout=SETUP
         )
+
+    def join(self, place: dict[str, Any]) -> None:
+        store = self.store_of(place)
         distributed.init_process_group(
             "gloo", store=store, rank=place["rank"], world_size=place["size"], timeout=SETUP
         )

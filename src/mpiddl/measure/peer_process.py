@@ -20,7 +20,7 @@ import torch
 from mpiddl.measure.models import ModelSpec
 from mpiddl.measure.patterns import count_wrong, fill, lengths
 from mpiddl.measure.steps import Cost, Training, Way
-from mpiddl.measure.timing import seconds_of
+from mpiddl.measure.timing import nothing, seconds_of
 
 __all__ = ["Library", "main"]
 
@@ -65,33 +65,40 @@ class _Orders:
 
     def join(self, **place: Any) -> None:
         self.rank, self.size = place["rank"], place["size"]
+        if torch.device(place["device"]).type == "cuda":
+            torch.cuda.set_device(place["device"])
         self._library.join(place)
         self._library.barrier()
 
-    def prepare(self, collective: str, length: int, dtype: str, op: str, check: bool) -> int:
-        """Make buffers; run once and, with ``check``, count what is wrong."""
+    def prepare(
+        self, collective: str, length: int, dtype: str, op: str, check: bool, device: str
+    ) -> int | None:
+        """Make buffers on ``device``; run once and, with ``check``, count what is wrong."""
         before, after = lengths(collective, length, self.size)
-        source = target = torch.empty(before, dtype=getattr(torch, dtype))
+        source = target = torch.empty(before, dtype=getattr(torch, dtype), device=device)
         if collective not in ("all-reduce", "broadcast"):
-            target = torch.empty(after, dtype=source.dtype)
+            target = torch.empty(after, dtype=source.dtype, device=device)
         self.call = collective, source, target, op
         fill(source, self.rank, self.size, op)
         self._library.run(*self.call)
-        wrong = count_wrong(target, collective, self.rank, self.size, op) if check else 0
+        wrong = count_wrong(target, collective, self.rank, self.size, op) if check else None
         source.zero_()
         return wrong
 
     def time(self, calls: int, fresh: bool) -> float:
         """Seconds per call."""
-        call = functools.partial(self._library.run, *self.call)
-        return seconds_of(call, calls, self._library.barrier, self.call[1] if fresh else None)
+        call, source = functools.partial(self._library.run, *self.call), self.call[1]
+        settle = nothing if source.is_cpu else torch.cuda.current_stream().synchronize
+        return seconds_of(call, calls, self._library.barrier, source if fresh else None, settle)
 
-    def train(self, training: str, spec: dict[str, Any], options: dict[str, Any]) -> None:
-        """Make a model ready; ``training`` is what it is called from now on."""
+    def train(
+        self, training: str, spec: dict[str, Any], options: dict[str, Any], device: str
+    ) -> None:
+        """Make a model ready on ``device``; ``training`` is what it is called from now on."""
         self._trainings.pop(training, None)  # its memory first
         make_way = functools.partial(self._library.parallel, **options)
         self._trainings[training] = Training(
-            ModelSpec(**spec), self.rank, make_way, self._library.barrier
+            ModelSpec(**spec), self.rank, make_way, self._library.barrier, device
         )
 
     def run(self, training: str, steps: int) -> Cost:

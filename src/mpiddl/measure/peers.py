@@ -29,6 +29,7 @@ from mpiddl.overlap.calls import broadcast_json, gather_json
 __all__ = ["PEERS", "Peer"]
 
 PEERS = ("gloo", "horovod")
+"""Those that do collectives; torch's DDP is trained on nccl, too."""
 ANSWER_SECONDS = 300.0
 GOODBYE_SECONDS = 5.0
 LAST_WORDS = 300
@@ -42,7 +43,7 @@ class Peer:
     """One library's processes, one beside each rank. Every method but ``close`` is collective.
 
     Args:
-        name: One of ``PEERS``.
+        name: gloo, nccl or horovod.
         world: The ranks.
 
     Raises:
@@ -75,7 +76,8 @@ class Peer:
         address, port = broadcast_json([address, port], world=world)
         place = {"rank": world.rank, "size": world.size, "node_rank": world.node_rank}
         place |= {"local_rank": world.local_rank, "local_size": world.local_size}
-        self.order("join", address=address, port=port, num_nodes=world.num_nodes, **place)
+        device, nodes = str(world.device), world.num_nodes
+        self.order("join", address=address, port=port, num_nodes=nodes, device=device, **place)
 
     def order(self, name: str, **arguments: Any) -> Any:
         """Let all processes do something; this rank's answer.
@@ -157,6 +159,9 @@ def _missing(name: str) -> tuple[bool, str] | None:
     if name == "gloo":
         there = torch.distributed.is_available() and torch.distributed.is_gloo_available()
         return None if there else (True, "this torch was built without it")
+    if name == "nccl":
+        there = torch.distributed.is_available() and torch.distributed.is_nccl_available()
+        return None if there else (True, "this torch was built without it")
     there = importlib.util.find_spec(name) is not None
     return None if there else (True, "it is not installed")
 
@@ -166,8 +171,9 @@ def _environment(environ: Mapping[str, str], world: World) -> dict[str, str]:
     kept = {name: text for name, text in environ.items() if not name.startswith(LAUNCHERS_OWN)}
     kept["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     interface = first_interface()
-    if world.num_nodes == 1:
-        kept.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    elif interface is not None:
-        kept.setdefault("GLOO_SOCKET_IFNAME", interface["name"])
+    if interface is not None or world.num_nodes == 1:
+        name = "lo" if world.num_nodes == 1 or interface is None else interface["name"]
+        kept.setdefault("GLOO_SOCKET_IFNAME", name)
+        kept.setdefault("NCCL_SOCKET_IFNAME", name)
+    kept.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")  # it would take a stopped one for stuck
     return kept

@@ -20,6 +20,8 @@ COLOURS = {
     "ring": "#1f77b4",
     "direct": "#8ab17d",
     "doubling": "#bc6c25",
+    "nccl": "#76b900",
+    "sendrecv": "#444444",
     "library": "#d62828",
     "gloo": "#f4a300",
     "reference": "#999999",
@@ -43,18 +45,19 @@ def plot_bandwidth(path: Path, rows: Sequence[Row], limit: float | None, title: 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines: defaultdict[tuple[str, str, str], list[Row]] = defaultdict(list)
+    lines: defaultdict[tuple[str, str, str, str | None], list[Row]] = defaultdict(list)
     for row in rows:
-        lines[row.algorithm, row.placement, row.dtype].append(row)
+        lines[row.algorithm, row.placement, row.dtype, row.staging].append(row)
     several = len({row.dtype for row in rows}) > 1
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    for (algorithm, placement, dtype), line in lines.items():
+    for (algorithm, placement, dtype, staging), line in lines.items():
         style: dict[str, Any] = {
             "color": COLOURS.get(algorithm, "#333333"),
             "linestyle": "-" if placement == "empty" else "--",
-            "marker": "o" if placement == "empty" else "s",
+            "marker": "x" if staging == "host" else "o" if placement == "empty" else "s",
             "markersize": 4,
             "label": f"{algorithm}, {'mpiddl.empty' if placement == 'empty' else 'plain tensor'}"
+            + (f", staging {staging}" if staging else "")
             + (f", {dtype}" if several else ""),
         }
         sizes = [row.nbytes for row in line]

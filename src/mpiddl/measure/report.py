@@ -14,7 +14,7 @@ import torch
 from mpiddl.measure.bandwidth import Row
 from mpiddl.units import format_bytes
 
-__all__ = ["HEADINGS", "headline", "line_of", "write_csv", "write_json"]
+__all__ = ["HEADINGS", "headline", "line_of", "memory_lines", "write_csv", "write_json"]
 
 _WIDTHS = {
     "size": 7,
@@ -22,7 +22,7 @@ _WIDTHS = {
     "type": 8,
     "redop": 5,
     "algorithm": 12,
-    "memory": 6,
+    "memory": 12,
     "time(us)": 11,
     "p99(us)": 11,
     "algbw": 7,
@@ -44,9 +44,13 @@ HEADINGS = _join(list(_WIDTHS))
 
 
 def line_of(row: Row, limit: float | None) -> str:
-    """A line under HEADINGS; ``limit`` is the busbw that memory allows."""
+    """A line under HEADINGS; ``limit`` is the busbw that memory allows.
+
+    The memory is that of the buffer; on a GPU, if messages are sent, with their staging.
+    """
     count = row.nbytes // getattr(torch, row.dtype).itemsize
-    cells = [format_bytes(row.nbytes), str(count), row.dtype, row.op, row.algorithm, row.placement]
+    memory = row.placement if row.staging is None else f"{row.placement}/{row.staging}"
+    cells = [format_bytes(row.nbytes), str(count), row.dtype, row.op, row.algorithm, memory]
     cells += [f"{row.seconds * 1e6:.1f}", f"{row.seconds_p99 * 1e6:.1f}"]
     cells += [_gbps(row.algbw), _gbps(row.busbw)]
     cells += ["-" if row.wrong is None else str(row.wrong)]
@@ -70,6 +74,19 @@ def headline(environment: dict[str, Any]) -> str:
         f"# {len(environment['ranks'])} rank(s) on {len(environment['hosts'])} node(s), "
         f"{_spread(cores)} core(s) and {_spread(threads)} thread(s) a rank, {first['cpu']}"
     )
+
+
+def memory_lines(memory: dict[str, Any]) -> str:
+    """What was measured of the host's memory and of the GPUs'."""
+    lines = [f"# memory: {memory['stream_gbps']:.1f} GB/s, c = a + b on all ranks of a node"]
+    if "copy_gbps" in memory:
+        peer = memory["peer_gbps"]
+        mapped = "cannot be mapped" if peer is None else f"{peer:.1f} GB/s"
+        lines.append(
+            f"# GPU memory: {memory['copy_gbps']:.1f} GB/s copied within, all ranks of a node; "
+            f"a peer's {mapped}, the host's {memory['pcie_gbps']:.1f} GB/s, each way for each rank"
+        )
+    return "\n".join(lines)
 
 
 def _spread(values: Sequence[int]) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mpiddl.measure.models import ModelSpec, batches, build, loss_of
+from mpiddl.measure.timing import nothing
 
 __all__ = ["Cost", "Training", "Way", "fingerprint", "keep_memory", "sgd"]
 
@@ -42,10 +43,6 @@ class Cost(NamedTuple):
     beside: float
 
 
-def _nothing() -> None:
-    pass
-
-
 @dataclass
 class Way:
     """One way to train.
@@ -59,18 +56,21 @@ class Way:
 
     model: nn.Module
     optimizer: Any
-    exchange: Callable[[], object] = _nothing
-    settle: Callable[[], object] = _nothing
+    exchange: Callable[[], object] = nothing
+    settle: Callable[[], object] = nothing
 
 
 class Training:
     """A model that is trained on batches of this rank.
+
+    On a GPU a step ends when the caller's stream has done all that it was asked.
 
     Args:
         spec: The model.
         rank: Decides the data.
         make_way: Makes the way to train the model that it is given.
         barrier: Returns once all processes are here.
+        device: Where the model is.
     """
 
     def __init__(
@@ -79,11 +79,14 @@ class Training:
         rank: int,
         make_way: Callable[[nn.Module], Way],
         barrier: Callable[[], object],
+        device: str = "cpu",
     ) -> None:
         keep_memory()
+        on_gpu = torch.device(device).type == "cuda"
         self._spec = spec
-        self._batches = batches(spec, rank, NUM_BATCHES)
-        self._model = build(spec)
+        self._batches = batches(spec, rank, NUM_BATCHES, device)
+        self._model = build(spec).to(device)
+        self._end = torch.cuda.current_stream(device).synchronize if on_gpu else nothing
         self._before = fingerprint(self._model.parameters())
         self._way = make_way(self._model)
         self._barrier = barrier
@@ -109,6 +112,7 @@ class Training:
         loss_of(self._spec, way.model(inputs), targets).backward()  # type: ignore[no-untyped-call]
         way.exchange()
         way.optimizer.step()
+        self._end()
         self._steps_done += 1
 
     def changes(self) -> list[float]:
@@ -146,7 +150,7 @@ def fingerprint(parameters: Iterable[Tensor]) -> Tensor:
     random = torch.Generator().manual_seed(0)
     prints = torch.zeros(PRINTS, dtype=torch.float64)
     for parameter in parameters:
-        elements = parameter.detach().flatten().double()
+        elements = parameter.detach().cpu().flatten().double()
         signs = torch.randint(2, elements.shape, generator=random, dtype=torch.int8) * 2 - 1
         padded = nn.functional.pad(elements * signs, (0, -len(elements) % PRINTS))
         prints += padded.view(-1, PRINTS).sum(0)

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator
 
 from mpiddl.measure.environment import VIRTUAL_INTERFACE
+from mpiddl.measure.findings import Facts, Trap, by_node
+from mpiddl.measure.gpu_traps import GPU_FINDERS
 from mpiddl.units import format_bytes
 
 __all__ = ["Trap", "find_traps"]
 
-Facts = Sequence[dict[str, Any]]
-
 LEAST_SHARED_MEMORY = 256 << 20
-
-
-class Trap(NamedTuple):
-    """``error``: training would break. ``warning``: it would be slow, or may break later."""
-
-    severity: Literal["error", "warning", "note"]
-    what: str
-    fix: str
 
 
 def find_traps(facts: Facts) -> list[Trap]:
@@ -48,7 +39,7 @@ def _different_software(facts: Facts) -> Iterator[Trap]:
 
 
 def _crowded_cores(facts: Facts) -> Iterator[Trap]:
-    for hostname, ranks in _by_node(facts).items():
+    for hostname, ranks in by_node(facts).items():
         cores = sorted({core for rank in ranks for core in rank["cores"]})
         if len(ranks) > len(cores):
             yield Trap(
@@ -106,7 +97,7 @@ def _thread_level(facts: Facts) -> Iterator[Trap]:
 
 
 def _shared_memory(facts: Facts) -> Iterator[Trap]:
-    for hostname, ranks in _by_node(facts).items():
+    for hostname, ranks in by_node(facts).items():
         free = ranks[0]["shared_memory_bytes"]
         if free is not None and free < LEAST_SHARED_MEMORY:
             yield Trap(
@@ -117,7 +108,7 @@ def _shared_memory(facts: Facts) -> Iterator[Trap]:
 
 
 def _virtual_interfaces(facts: Facts) -> Iterator[Trap]:
-    nodes = _by_node(facts)
+    nodes = by_node(facts)
     names = {
         interface["name"]
         for ranks in nodes.values()
@@ -136,7 +127,7 @@ def _virtual_interfaces(facts: Facts) -> Iterator[Trap]:
 
 def _small_messages(facts: Facts) -> Iterator[Trap]:
     mpi, place = facts[0]["mpi"], facts[0]["place"]
-    if mpi is None or len(_by_node(facts)) == 1 or not mpi["library"].startswith("Open MPI"):
+    if mpi is None or len(by_node(facts)) == 1 or not mpi["library"].startswith("Open MPI"):
         return
     limit = mpi["tcp_eager_bytes"] or ""
     if limit.isdigit() and int(limit) < place["chunk_bytes"]:
@@ -148,13 +139,6 @@ def _small_messages(facts: Facts) -> Iterator[Trap]:
         )
 
 
-def _by_node(facts: Facts) -> dict[str, list[dict[str, Any]]]:
-    nodes: dict[str, list[dict[str, Any]]] = {}
-    for rank in facts:
-        nodes.setdefault(rank["hostname"], []).append(rank)
-    return nodes
-
-
 _FINDERS: tuple[Callable[[Facts], Iterator[Trap]], ...] = (
     _different_software,
     _crowded_cores,
@@ -164,4 +148,5 @@ _FINDERS: tuple[Callable[[Facts], Iterator[Trap]], ...] = (
     _shared_memory,
     _virtual_interfaces,
     _small_messages,
+    *GPU_FINDERS,
 )

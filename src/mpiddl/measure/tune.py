@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 
-from mpiddl.collectives.choose import ALGORITHMS, choose
+from mpiddl.collectives.choose import ALGORITHMS, choose, chunk_bytes_for
 from mpiddl.collectives.lanes import foreground_of
 from mpiddl.collectives.reduction import Reduction
 from mpiddl.comm.tuning import Choice
 from mpiddl.comm.world import World
-from mpiddl.devices.host import HOST
 from mpiddl.errors import UnsupportedBufferError
 from mpiddl.measure.bandwidth import Plan, Row, measure
 from mpiddl.measure.candidates import Buffers, Candidate, Case, InProcess
@@ -24,7 +23,8 @@ __all__ = ["choices_of", "tune"]
 
 CHUNKED = ("ring", "hierarchical")
 CHUNK_BYTES = (128 << 10, 512 << 10, 2 << 20)
-LEFT_OUT = ("library", "reference")
+GPU_CHUNK_BYTES = (1 << 20, 4 << 20, 16 << 20)
+LEFT_OUT = ("library", "nccl", "reference")
 """Ordered, or only there to compare with."""
 CLEARLY = 1.1
 """A choice changes from size to size only for a gain of more than this."""
@@ -38,34 +38,37 @@ class _Way(InProcess):
         self.algorithm, self.chunk_bytes = algorithm, chunk_bytes
 
     def bind(self, case: Case, source: torch.Tensor, target: torch.Tensor) -> Callable[[], Any]:
-        algorithm, world = ALGORITHMS[self.algorithm], self._world
+        algorithm, world, device = ALGORITHMS[self.algorithm], self._world, self._buffers.device
         if algorithm.one_node and algorithm.lanes:  # by the short way, as auto would
             return lambda: all_reduce(source, world=world)
         lanes = foreground_of(world) if algorithm.lanes else None
 
         def call() -> None:
             channel = new_channel(world, lanes)
-            run(world, algorithm.run(source, Reduction("sum"), channel, HOST, self.chunk_bytes))
+            waits = algorithm.run(source, Reduction("sum"), channel, device, self.chunk_bytes)
+            run(world, waits, device)
 
         return call
 
 
 def tune(world: World, sizes: Sequence[int], repeats: int) -> Iterator[Row]:
     """A row for every size, algorithm and chunk size, in ``mpiddl.empty`` memory where there is
-    some. Collective; the same rows on every rank.
+    some, on ``world.device``. Collective; the same rows on every rank.
     """
     world.tuned = []  # auto goes by the rules while it is measured
     placements = [Buffers(place, "all-reduce", max(sizes), world) for place in ("empty", "plain")]
     buffers = next(buffers for buffers in placements if buffers.usable)
     ways: list[Candidate] = []
+    device, mapped = buffers.device, buffers.mapped
+    several = GPU_CHUNK_BYTES if device.late else CHUNK_BYTES
     for name in ALGORITHMS:
         try:
-            choose(name, torch.float32, 1, world)
+            choose(name, torch.float32, 1, world, device=device, mapped=mapped)
         except UnsupportedBufferError:
             continue
         # On one node hierarchical is shared, without its short way for small buffers.
         if name not in LEFT_OUT and not (name == "hierarchical" and world.num_nodes == 1):
-            chunks = CHUNK_BYTES if name in CHUNKED else (world.settings.chunk_size,)
+            chunks = several if name in CHUNKED else (chunk_bytes_for(device, world),)
             ways += [_Way(name, chunk_bytes, buffers, world) for chunk_bytes in chunks]
     for nbytes in sorted(sizes):
         case = Case("all-reduce", nbytes // 4 * 4, torch.float32, "sum")

@@ -16,7 +16,9 @@ from mpiddl.collectives.channel import Channel
 from mpiddl.collectives.lanes import Foreground
 from mpiddl.collectives.reduction import DTYPES
 from mpiddl.comm.world import World
-from mpiddl.devices.base import Buffer
+from mpiddl.devices.base import Buffer, Device
+from mpiddl.devices.host import HOST
+from mpiddl.devices.registry import device_of
 from mpiddl.errors import MismatchError, UnsupportedBufferError
 from mpiddl.overlap.engine import engine_of
 from mpiddl.overlap.work import Work
@@ -63,22 +65,26 @@ def new_channel(world: World, lanes: Foreground | None = None) -> Channel:
     return Channel(world, tag, lane=lanes.next() if lanes else None)
 
 
-def run(world: World, waits: Waits[Any]) -> Any:
+def run(world: World, waits: Waits[Any], device: Device = HOST) -> Any:
     """Run a collective to its end; return its result."""
-    return engine_of(world).run(waits, world)
+    return engine_of(world).run(waits, world, device)
 
 
-def launch(waits: Waits[Any], world: World, result: T, async_: bool) -> T | Work:
+def launch(
+    waits: Waits[Any], world: World, result: T, async_: bool, device: Device = HOST
+) -> T | Work:
     """A ``Work`` that returns ``result``, or, once it is complete, ``result``."""
     if async_:
-        return engine_of(world).submit(waits, world, result=result)
-    engine_of(world).run(waits, world)
+        return engine_of(world).submit(waits, world, result=result, device=device)
+    engine_of(world).run(waits, world, device)
     return result
 
 
-def start(waits: Waits[Any], world: World, result: T, async_: bool) -> T | Work:
+def start(
+    waits: Waits[Any], world: World, result: T, async_: bool, device: Device = HOST
+) -> T | Work:
     """As ``launch``, for a collective on the channel that was made last."""
-    started = launch(waits, world, result, async_)
+    started = launch(waits, world, result, async_, device)
     if isinstance(started, Work):
         _async_works.setdefault(world, WeakValueDictionary())[world.tags.last] = started
     return started
@@ -99,12 +105,11 @@ def flat(tensor: Any, any_dtype: bool = False) -> Buffer:
             tensor = torch.from_numpy(tensor)
         except (TypeError, ValueError):
             raise UnsupportedBufferError(_bad_dtype(tensor.dtype)) from None
+    elif type(tensor).__module__.partition(".")[0] == "cupy":
+        tensor = _from_cupy(tensor)
     if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"expected a torch tensor or a numpy array, got {type(tensor).__name__}")
-    if tensor.device.type != "cpu":
-        raise UnsupportedBufferError(
-            f"a tensor on {tensor.device}; only host memory can be reduced so far. Pass "
-            "tensor.cpu() and copy the result back"
+        raise TypeError(
+            f"expected a torch tensor, a numpy or a CuPy array, got {type(tensor).__name__}"
         )
     if tensor.layout is not torch.strided:
         raise UnsupportedBufferError(f"a {tensor.layout} tensor; pass tensor.to_dense()")
@@ -125,8 +130,23 @@ def flat(tensor: Any, any_dtype: bool = False) -> Buffer:
         )
     if not any_dtype and tensor.dtype not in DTYPES:
         raise UnsupportedBufferError(_bad_dtype(tensor.dtype))
+    device_of(tensor)
     buffer: Buffer = tensor.detach() if tensor.requires_grad else tensor
     return buffer if buffer.dim() == 1 else buffer.view(-1)
+
+
+def _from_cupy(array: Any) -> torch.Tensor:
+    """The same memory. torch's stream waits for what CuPy was asked so far."""
+    if not array.flags.c_contiguous:
+        raise UnsupportedBufferError(
+            f"a non-contiguous array (shape {array.shape}, strides {array.strides}); pass "
+            "cupy.ascontiguousarray(array) and copy the result back"
+        )
+    try:
+        tensor: torch.Tensor = torch.from_dlpack(array)  # type: ignore[attr-defined]
+    except (TypeError, ValueError, RuntimeError, BufferError):
+        raise UnsupportedBufferError(_bad_dtype(array.dtype)) from None
+    return tensor
 
 
 def _bad_dtype(dtype: object) -> str:
@@ -135,8 +155,10 @@ def _bad_dtype(dtype: object) -> str:
 
 
 def describe_buffer(tensor: Any) -> str:
-    """Dtype and shape, as errors show them."""
-    return f"{describe_dtype(tensor)}{list(getattr(tensor, 'shape', []))}"
+    """Dtype and shape, as errors show them, and where it is if that is not the host."""
+    place = getattr(getattr(tensor, "device", None), "type", "cpu")
+    on = "" if place == "cpu" else f" on {place}"
+    return f"{describe_dtype(tensor)}{list(getattr(tensor, 'shape', []))}{on}"
 
 
 def describe_dtype(tensor: Any) -> str:
@@ -152,7 +174,11 @@ def check_root(root: int, world: World) -> None:
 
 
 def check_same_dtype(output: Buffer, buffer: Buffer) -> None:
-    """Raises: ValueError: The dtypes differ; nothing is converted on the way."""
+    """Raises: ValueError: Dtypes or devices differ; nothing is converted on the way."""
+    if output.device != buffer.device:
+        raise ValueError(
+            f"output is on {output.device}, input on {buffer.device}; pass two on one device"
+        )
     if output.dtype != buffer.dtype:
         raise ValueError(
             f"output is {describe_dtype(output)}, input {describe_dtype(buffer)}; pass two of one "

@@ -6,15 +6,17 @@ from collections.abc import Callable, Sequence
 
 from mpiddl.buckets.bucket import Bucket
 from mpiddl.collectives.channel import Channel
-from mpiddl.collectives.choose import Chosen, choose
+from mpiddl.collectives.choose import ALGORITHMS, Chosen, choose
 from mpiddl.collectives.lane import Lane
-from mpiddl.collectives.lanes import kept_lanes
+from mpiddl.collectives.lanes import is_mapped, kept_lanes
+from mpiddl.collectives.nccl import make_communicator, nccl_problem
 from mpiddl.collectives.reduction import Reduction
 from mpiddl.comm.messages import Credits
 from mpiddl.comm.native import Native
 from mpiddl.comm.world import World
-from mpiddl.devices.base import Buffer
+from mpiddl.devices.base import Buffer, Device
 from mpiddl.devices.host import HOST
+from mpiddl.devices.registry import device_of
 from mpiddl.overlap.engine import engine_of
 from mpiddl.overlap.work import Label, Work
 from mpiddl.waits import Waits
@@ -38,12 +40,14 @@ class BucketReductions:
         model: Number of the model, in events.
 
     Attributes:
+        device: That the buckets are on.
         ordered: Buckets must be started in plan order, since a library runs their all-reduce.
         threaded: Whether the engine's thread drives them.
     """
 
     def __init__(self, world: World, algorithm: str, model: int) -> None:
         self.world = world
+        self.device: Device = HOST
         self.ordered = False
         self.threaded = False
         self.hook: Hook | None = None
@@ -57,30 +61,31 @@ class BucketReductions:
         self._chosen: list[Chosen] = []
         self._channels: list[Channel] = []
 
-    def reserve(self, count: int) -> None:
+    def reserve(self, count: int, device: Device) -> None:
         """Make ready for so many buckets; those in flight are not touched. Collective.
 
         Raises:
             TagError: There are too many.
+            UnsupportedBufferError: NCCL is wanted and cannot be started.
         """
         more = count - len(self._tags)
         if more > 0:
             self._tags += self.world.tags.keep(more)
             self._lanes = kept_lanes(self.world, count)
-        if "library" in (self._algorithm, *(choice.algorithm for choice in self.world.tuned)):
+        names = {self._algorithm, *(choice.algorithm for choice in self.world.tuned)}
+        if any(ALGORITHMS[name].ordered for name in names if name in ALGORITHMS):
             self._native = self.world.bucket_native
+        if "nccl" in names and nccl_problem(device, self.world) is None:
+            make_communicator(self.world.bucket_native, device, self.world)
 
-    def fit(self, buckets: Sequence[Bucket]) -> None:
+    def fit(self, buckets: Sequence[Bucket], device: Device) -> None:
         """Reduce these buckets from now on; there is room for as many, and none is in flight.
 
         Raises:
             UnsupportedBufferError: The algorithm cannot reduce one of them.
         """
-        lanes = None not in self._lanes
-        self._chosen = [
-            choose(self._algorithm, bucket.buffer.dtype, bucket.buffer.nbytes, self.world, lanes)
-            for bucket in buckets
-        ]
+        self.device = device
+        self._chosen = [self._choose(self._algorithm, bucket.buffer) for bucket in buckets]
         self.ordered = any(chosen.algorithm.ordered for chosen in self._chosen)
         self._channels = [
             Channel(self.world, tag, self._native, lane, self._credits, number)
@@ -90,6 +95,8 @@ class BucketReductions:
     def start(self, bucket: Bucket, weight: float | None) -> Work:
         """Start the all-reduce of ``bucket``, in which this rank's gradients weigh ``weight``."""
         self.world.check_open()
+        if self.device.late:  # this stream too: it may have brought gradients in at the end
+            self.device.take_over({*bucket.callers, self.device.caller()})
         if self.hook is None:
             waits = self.all_reduce(bucket.number, bucket.buffer, weight)
         else:
@@ -116,12 +123,25 @@ class BucketReductions:
         self, number: int, buffer: Buffer, weight: float | None, algorithm: str | None = None
     ) -> Waits[None]:
         """Sum any ``buffer`` over ranks with the messages of bucket ``number``."""
-        chosen = self._chosen[number]
-        if algorithm is not None or buffer.dtype not in chosen.algorithm.dtypes:
-            lanes = None not in self._lanes
-            name = algorithm or self._algorithm
-            chosen = choose(name, buffer.dtype, buffer.nbytes, self.world, lanes)
-        return chosen.run(buffer, Reduction("sum", weight), self._channels[number], HOST)
+        chosen, device = self._chosen[number], device_of(buffer)
+        elsewhere = device.late and chosen.algorithm.reach and not self._is_mapped(buffer)
+        if algorithm is not None or buffer.dtype not in chosen.algorithm.dtypes or elsewhere:
+            chosen = self._choose(algorithm or self._algorithm, buffer)
+        return chosen.run(buffer, Reduction("sum", weight), self._channels[number], device)
+
+    def _choose(self, algorithm: str, buffer: Buffer) -> Chosen:
+        return choose(
+            algorithm,
+            buffer.dtype,
+            buffer.nbytes,
+            self.world,
+            lanes=None not in self._lanes,
+            device=device_of(buffer),
+            mapped=self._is_mapped(buffer),
+        )
+
+    def _is_mapped(self, buffer: Buffer) -> bool:
+        return is_mapped(buffer, device_of(buffer), self.world)
 
     @property
     def tags(self) -> Sequence[int]:

@@ -9,11 +9,12 @@ from mpiddl.collectives import barrier as barriers
 from mpiddl.collectives import broadcast as broadcasts
 from mpiddl.collectives import objects
 from mpiddl.collectives.channel import bytes_of
-from mpiddl.collectives.choose import choose
-from mpiddl.collectives.lanes import foreground_of
+from mpiddl.collectives.choose import choose, chunk_bytes_for
+from mpiddl.collectives.lanes import foreground_of, is_mapped
+from mpiddl.collectives.nccl import has_communicator, make_communicator
 from mpiddl.collectives.reduction import check_scales, reduction_of, scaled
 from mpiddl.comm.world import World, current_world
-from mpiddl.devices.host import HOST
+from mpiddl.devices.registry import device_of
 from mpiddl.overlap.arguments import (
     TensorOrArray,
     check_call,
@@ -68,10 +69,11 @@ def all_reduce(
     """Reduce ``tensor`` over all ranks, in place. Every rank ends with the same bits.
 
     Args:
-        tensor: A contiguous CPU tensor or numpy array; the same shape and dtype on every rank.
+        tensor: A contiguous torch tensor (CPU or GPU), numpy or CuPy array; the same shape and
+            dtype, on the same kind of device, on every rank.
         op: ``sum``, ``mean`` (of floats), ``min``, ``max`` or ``prod``. NaN spreads.
         algorithm: ``auto``, ``shared``, ``hierarchical``, ``ring``, ``direct``, ``doubling``,
-            ``library`` or ``reference``; default MPIDDL_ALGORITHM, else ``auto``.
+            ``library``, ``nccl`` or ``reference``; default MPIDDL_ALGORITHM, else ``auto``.
         pre_scale: What this rank's floats are multiplied by before they are reduced; on every
             rank or on none (else ranks get different results), but each may have its own. In sums
             it costs no extra pass.
@@ -88,8 +90,8 @@ def all_reduce(
 
     Raises:
         ValueError: Unknown ``op`` or ``algorithm``.
-        UnsupportedBufferError: Not contiguous, not in host memory, or a dtype that cannot be
-            reduced or scaled in this way.
+        UnsupportedBufferError: Not contiguous, on a device that is neither the host nor an NVIDIA
+            GPU, or a dtype that cannot be reduced or scaled in this way.
         MismatchError: With ``check``: ranks passed different shapes, dtypes, ops or algorithms.
     """
     world = world or current_world()
@@ -105,7 +107,9 @@ def all_reduce(
         buffer = flat(tensor)
         check_scales(buffer.dtype, pre_scale, post_scale)
         reduction = reduction_of(op, buffer.dtype, world.size, pre_scale)
-        chosen = choose(algorithm, buffer.dtype, buffer.nbytes, world)
+        device = device_of(buffer)
+        mapped = algorithm == "hierarchical" and is_mapped(buffer, device, world)
+        chosen = choose(algorithm, buffer.dtype, buffer.nbytes, world, device=device, mapped=mapped)
     except (ValueError, TypeError) as error:
         problem = error
     check_call(
@@ -119,16 +123,14 @@ def all_reduce(
         check,
     )
     lanes = foreground_of(world) if chosen.algorithm.lanes else None
+    if chosen.algorithm.gpu and not has_communicator(world.native):
+        run(world, barriers.barrier(new_channel(world)))  # who comes first helps others on
+        make_communicator(world.native, device, world)
     channel = new_channel(world, lanes)
-    waits = chosen.run(buffer, reduction, channel, HOST)
-    waits = scaled(
-        waits,
-        buffer,
-        pre_scale if reduction.weight is None else None,
-        post_scale,
-        HOST,
-    )
-    return start(waits, world, tensor, async_)
+    waits = chosen.run(buffer, reduction, channel, device)
+    before = pre_scale if reduction.weight is None else None
+    waits = scaled(waits, buffer, before, post_scale, device)
+    return start(waits, world, tensor, async_, device)
 
 
 @overload
@@ -174,9 +176,10 @@ def broadcast(
     check_call(
         lambda: f"broadcast(root={root}) of {describe_buffer(tensor)}", problem, world, check
     )
-    channel = new_channel(world)
-    waits = broadcasts.broadcast(bytes_of(buffer), root, channel, world.settings.chunk_size)
-    return start(waits, world, tensor, async_)
+    channel, device = new_channel(world), device_of(buffer)
+    chunk_bytes = chunk_bytes_for(device, world)
+    waits = broadcasts.broadcast(bytes_of(buffer), root, channel, chunk_bytes)
+    return start(waits, world, tensor, async_, device)
 
 
 @overload

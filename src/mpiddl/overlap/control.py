@@ -9,11 +9,13 @@ from mpiddl.collectives import objects
 from mpiddl.collectives.all_gather import all_gather
 from mpiddl.collectives.broadcast import broadcast
 from mpiddl.collectives.channel import Channel
+from mpiddl.collectives.choose import chunk_bytes_for
 from mpiddl.collectives.doubling import doubling_all_reduce
 from mpiddl.collectives.reduction import Reduction
 from mpiddl.comm.world import World
 from mpiddl.devices.base import Buffer
 from mpiddl.devices.host import HOST
+from mpiddl.devices.registry import device_of
 from mpiddl.overlap.engine import engine_of
 from mpiddl.overlap.work import Work
 from mpiddl.waits import Waits
@@ -51,18 +53,22 @@ class Control:
         return self._engine.run(objects.gather_json(value, None, self._channel), self._world)
 
     def all_gather(self, *gathers: Sequence[Buffer]) -> None:
-        """In each, fill ``parts[peer]`` from each rank; this rank's own is there already."""
+        """In each, fill ``parts[peer]`` from each rank; this rank's own is there already. All are
+        on one device."""
 
         def one_after_the_other() -> Waits[None]:
             for parts in gathers:
                 yield from all_gather(parts, self._channel)
 
-        self._engine.run(one_after_the_other(), self._world)
+        device = device_of(gathers[0][0]) if gathers else HOST
+        self._engine.run(one_after_the_other(), self._world, device)
 
     def broadcast(self, buffer: Buffer, root: int) -> Work:
         """Start to copy rank ``root``'s ``buffer`` to every rank; one such at a time."""
-        waits = broadcast(buffer, root, self._background, self._world.settings.chunk_size)
-        return self._engine.submit(waits, self._world)
+        device = device_of(buffer)
+        chunk_bytes = chunk_bytes_for(device, self._world)
+        waits = broadcast(buffer, root, self._background, chunk_bytes)
+        return self._engine.submit(waits, self._world, device=device)
 
     def close(self) -> None:
         """Others may use the tags. Every rank does this at the same place in its program."""

@@ -16,6 +16,8 @@ import torch
 
 from mpiddl import progress
 from mpiddl.comm.world import World
+from mpiddl.devices.base import Device
+from mpiddl.devices.host import HOST
 from mpiddl.errors import NotInitializedError
 from mpiddl.log import logger
 from mpiddl.overlap import watchdog
@@ -46,6 +48,7 @@ class Engine:
         threaded: What works are that do not say.
         crowded: More ranks than cores: who waits leaves the core to others at once.
         torch_threads: Of the thread, for additions.
+        gpu: The thread's; None: none.
     """
 
     NUDGE_SECONDS = 100e-6
@@ -53,8 +56,13 @@ class Engine:
     look at everything in flight costs as much."""
 
     def __init__(
-        self, threaded: bool = False, crowded: bool = False, torch_threads: int = 1
+        self,
+        threaded: bool = False,
+        crowded: bool = False,
+        torch_threads: int = 1,
+        gpu: torch.device | None = None,
     ) -> None:
+        self._gpu = gpu
         self._threaded = threaded
         self._crowded = crowded
         self._torch_threads = torch_threads
@@ -76,6 +84,7 @@ class Engine:
         priority: int = 0,
         threaded: bool | None = None,
         label: Label | None = None,
+        device: Device = HOST,
     ) -> Work:
         """Start a collective of ``world``.
 
@@ -84,11 +93,25 @@ class Engine:
             world: Whose it is.
             result: What its ``wait()`` returns; default is what the generator returns.
             priority: Those with higher ones are polled first, and post their chunks first.
-            threaded: Whether the engine's thread polls it too.
+            threaded: Whether the engine's thread polls it too; default on GPUs, where it may.
             label: Under which its end is recorded.
+            device: Whose memory the caller leaves to it until ``wait()`` returns.
         """
-        threaded = self._threaded if threaded is None else threaded
-        work = Work(self, waits, world, result, priority=priority, threaded=threaded, label=label)
+        device.take_over()
+        if device.late:
+            waits = _to_the_end(waits, device)
+        if threaded is None:  # a GPU's first message goes after a fence: somebody must come by
+            may = world.settings.engine != "inline" and world.allows_threads
+            threaded = self._threaded or (device.late and may)
+        work = Work(
+            self,
+            waits,
+            world,
+            result,
+            priority=priority,
+            threaded=threaded,
+            label=label,
+        )
         self._submitted.append(work)
         if threaded:
             self._start_thread()
@@ -97,8 +120,17 @@ class Engine:
             self.poll()
         return work
 
-    def run(self, waits: Waits[Any], world: World) -> Any:
-        """Run a collective to its end in the caller's thread; return its result."""
+    def run(self, waits: Waits[Any], world: World, device: Device = HOST) -> Any:
+        """Run a collective to its end in the caller's thread; return its result.
+
+        ``device`` is whose memory the caller leaves to it.
+        """
+        device.take_over()
+        result = self._run(waits, world)
+        device.hand_back()
+        return result
+
+    def _run(self, waits: Waits[Any], world: World) -> Any:
         wait: Wait = ALREADY
         if self.enter():  # nothing else to help on: no need for a Work, which costs microseconds
             try:
@@ -218,6 +250,8 @@ class Engine:
     def _loop(self) -> None:
         # Each thread that calls torch gets an OpenMP pool of its own; this one only adds.
         torch.set_num_threads(self._torch_threads)
+        if self._gpu is not None:  # MPI looks for the GPU of the thread that calls it
+            torch.cuda.set_device(self._gpu)
         # A user's buffer may have been made in inference mode, and autograd has no part in this.
         with torch.inference_mode():
             self._poll_until_stopped()
@@ -241,6 +275,14 @@ class Engine:
         return bool(self._submitted) or any(work.threaded for work in self._in_flight)
 
 
+def _to_the_end(waits: Waits[Any], device: Device) -> Waits[Any]:
+    """``waits``, and what they last asked of ``device``: until then its memory is kept, also where
+    the caller has dropped both buffer and work."""
+    result = yield from waits
+    yield device.fence()
+    return result
+
+
 def _urgency(work: Work) -> int:
     return -work.priority
 
@@ -261,6 +303,7 @@ def engine_of(world: World) -> Engine:
             threaded=may_thread(world) and world.settings.engine == "thread",
             crowded=world.layout.crowded,
             torch_threads=world.settings.engine_threads,
+            gpu=world.device if world.on_gpu else None,
         )
         watchdog.start(world)
         atexit.register(_engine.stop)  # before MPI's own finalizer

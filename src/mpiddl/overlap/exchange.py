@@ -8,6 +8,7 @@ from typing import Literal, overload
 from mpiddl.collectives import all_gather as all_gathers
 from mpiddl.collectives import all_to_all as all_to_alls
 from mpiddl.comm.world import World, current_world
+from mpiddl.devices.registry import device_of
 from mpiddl.overlap.arguments import (
     TensorOrArray,
     check_apart,
@@ -92,9 +93,8 @@ def all_gather(
         world,
         check,
     )
-    mine.copy_(buffer)
-    waits = all_gathers.all_gather(parts, new_channel(world))
-    return start(waits, world, output, async_)
+    waits = all_gathers.all_gather(parts, new_channel(world), buffer)
+    return start(waits, world, output, async_, device_of(buffer))
 
 
 @overload
@@ -161,4 +161,4 @@ def all_to_all(
         problem = error
     check_call(lambda: f"all_to_all of {describe_dtype(input)}", problem, world, check, lengths)
     waits = all_to_alls.all_to_all(incoming, outgoing, new_channel(world))
-    return start(waits, world, output, async_)
+    return start(waits, world, output, async_, device_of(buffer))

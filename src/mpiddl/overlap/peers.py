@@ -8,6 +8,7 @@ from mpiddl.collectives import peer as peers
 from mpiddl.collectives.channel import Channel
 from mpiddl.comm.world import World, current_world
 from mpiddl.devices.base import Buffer
+from mpiddl.devices.registry import device_of
 from mpiddl.overlap.arguments import TensorOrArray, flat, launch
 from mpiddl.overlap.work import Work
 
@@ -62,7 +63,7 @@ def send(
     """
     world = world or current_world()
     buffer, channel = _message(tensor, peer, tag, world)
-    return launch(peers.send(buffer, peer, channel), world, tensor, async_)
+    return launch(peers.send(buffer, peer, channel), world, tensor, async_, device_of(buffer))
 
 
 @overload
@@ -101,7 +102,7 @@ def recv(
     """
     world = world or current_world()
     buffer, channel = _message(tensor, peer, tag, world)
-    return launch(peers.receive(buffer, peer, channel), world, tensor, async_)
+    return launch(peers.receive(buffer, peer, channel), world, tensor, async_, device_of(buffer))
 
 
 def _message(tensor: object, peer: int, tag: int, world: World) -> tuple[Buffer, Channel]:

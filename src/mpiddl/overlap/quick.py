@@ -15,7 +15,7 @@ import torch
 from mpiddl.collectives.choose import choose
 from mpiddl.collectives.lane import NOWHERE, Lane
 from mpiddl.collectives.lanes import Foreground, foreground_of
-from mpiddl.collectives.meeting import InWindow, Weights, meet, pieces_of
+from mpiddl.collectives.meeting import InWindow, Weights, in_turn, meet, pieces_of
 from mpiddl.collectives.reduction import DTYPES, reduction_of
 from mpiddl.collectives.shared import SMALL_BYTES, finish, shared_all_reduce, show
 from mpiddl.comm.world import World
@@ -61,14 +61,12 @@ class _Met(NamedTuple):
 
     Attributes:
         parts: Of all ranks.
-        mine: This rank's among them.
-        others: The others.
+        targets: The same, this rank's first.
         weights: Of all ranks.
     """
 
     parts: list[Buffer]
-    mine: Buffer
-    others: list[Buffer]
+    targets: list[Buffer]
     weights: Weights
 
 
@@ -115,7 +113,7 @@ class Quick:
                 _copy(own_address, tensor.data_ptr(), plan.nbytes)
                 place = NOWHERE
             else:
-                place = show(buffer, lane)
+                place = show(buffer, lane, HOST)
             turn = lane.enter(place, plan.weight)
             came = lane.has_come(turn, PATIENCE)
         finally:
@@ -123,7 +121,7 @@ class Quick:
         if not came:  # another rank is late: help on whatever else is in flight
             self._engine.run(_finish_late(buffer, plan.op, lane, turn), self._world)
         elif plan.shown:
-            HOST.combine(plan.op, shown, plan.weights, buffer)
+            HOST.combine(plan.op, shown, plan.weights, [buffer])
             lane.leave()
         elif not (place.window and self._reduce_in_place(buffer, plan, lane)):
             self._engine.run(finish(buffer, plan.op, lane, HOST), self._world)
@@ -140,9 +138,7 @@ class Quick:
             met = plan.met[key] = _meet(buffer, lane)
         if met is None:
             return False
-        HOST.combine(plan.op, met.parts, met.weights, met.mine)
-        for other in met.others:
-            other.copy_(met.mine)
+        HOST.combine(plan.op, met.parts, met.weights, met.targets)
         turn = lane.raise_counter()
         if lane.has_come(turn, PATIENCE):
             lane.leave()
@@ -195,11 +191,11 @@ def _meet(buffer: Buffer, lane: Lane) -> _Met | None:
     places, weights = lane.notes()
     meeting = meet(lane, places, weights, buffer, HOST)
     segment = split(len(buffer), lane.size)[lane.rank]
-    if not isinstance(meeting, InWindow) or len(pieces_of(segment, buffer.itemsize, lane.size)) > 1:
+    pieces = pieces_of(segment, buffer.itemsize, lane.size, HOST)
+    if not isinstance(meeting, InWindow) or len(pieces) > 1:
         return None
     parts = meeting.parts_of(segment)
-    others = [part for rank, part in enumerate(parts) if rank != lane.rank]
-    return _Met(parts, parts[lane.rank], others, weights)
+    return _Met(parts, in_turn(parts, lane.rank), weights)
 
 
 _quick: dict[World, Quick | None] = {}  # until the world closes

@@ -6,9 +6,10 @@ from typing import Literal, overload
 
 from mpiddl.collectives import reduce as reduces
 from mpiddl.collectives import reduce_scatter as reduce_scatters
+from mpiddl.collectives.choose import chunk_bytes_for
 from mpiddl.collectives.reduction import reduction_of
 from mpiddl.comm.world import World, current_world
-from mpiddl.devices.host import HOST
+from mpiddl.devices.registry import device_of
 from mpiddl.overlap.arguments import (
     TensorOrArray,
     check_apart,
@@ -78,9 +79,10 @@ def reduce(
         world,
         check,
     )
-    channel, chunk_bytes = new_channel(world), world.settings.chunk_size
-    waits = reduces.reduce(buffer, reduction, root, channel, HOST, chunk_bytes)
-    return start(waits, world, tensor, async_)
+    channel, device = new_channel(world), device_of(buffer)
+    chunk_bytes = chunk_bytes_for(device, world)
+    waits = reduces.reduce(buffer, reduction, root, channel, device, chunk_bytes)
+    return start(waits, world, tensor, async_, device)
 
 
 @overload
@@ -147,6 +149,9 @@ def reduce_scatter(
     check_call(
         lambda: f"reduce_scatter(op={op!r}) of {describe_buffer(input)}", problem, world, check
     )
-    channel, chunk_bytes = new_channel(world), world.settings.chunk_size
-    waits = reduce_scatters.reduce_scatter(result, segments, reduction, channel, HOST, chunk_bytes)
-    return start(waits, world, output, async_)
+    channel, device = new_channel(world), device_of(buffer)
+    chunk_bytes = chunk_bytes_for(device, world)
+    waits = reduce_scatters.reduce_scatter(
+        result, segments, reduction, channel, device, chunk_bytes
+    )
+    return start(waits, world, output, async_, device)

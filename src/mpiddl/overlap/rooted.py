@@ -9,6 +9,7 @@ from mpiddl.collectives import gather as gathers
 from mpiddl.collectives import scatter as scatters
 from mpiddl.comm.world import World, current_world
 from mpiddl.devices.base import Buffer
+from mpiddl.devices.registry import device_of
 from mpiddl.overlap.arguments import (
     TensorOrArray,
     check_apart,
@@ -89,7 +90,7 @@ def gather(
         problem = error
     check_call(lambda: _describe("gather", root, lengths, input), problem, world, check)
     waits = gathers.gather(parts, buffer, root, new_channel(world))
-    return start(waits, world, output, async_)
+    return start(waits, world, output, async_, device_of(buffer))
 
 
 @overload
@@ -152,7 +153,7 @@ def scatter(
         problem = error
     check_call(lambda: _describe("scatter", root, lengths, output), problem, world, check)
     waits = scatters.scatter(buffer, parts, root, new_channel(world))
-    return start(waits, world, output, async_)
+    return start(waits, world, output, async_, device_of(buffer))
 
 
 def _roots_parts(

@@ -110,6 +110,8 @@ class Scheduler:
         self.arrived.append(member)
         if recorder.tracing:
             record(Kind.GRADIENT, self._model, member)
+        if self._gradients.device.late:
+            self._gradients.came(member)
         if self._holds_back:
             self._held.append(member)
             return
@@ -133,6 +135,8 @@ class Scheduler:
         """This rank has no gradients for ``members``: take part in their buckets all the same."""
         for member in members:
             self._came[member] = True
+            if self._gradients.device.late:
+                self._gradients.came(member)
             self._launch(member, self._gradients.take_nothing(member), start)
 
     def _launch(self, member: int, buckets: Iterable[Bucket], start: Start) -> None:
@@ -183,6 +187,7 @@ class Scheduler:
             else:
                 work.wait()
             bucket.state = State.COMPLETE
+        self._gradients.device.hand_back()
 
     def refuse_absent(self) -> None:
         """Raise GradientError if some parameter got no gradient in this backward."""

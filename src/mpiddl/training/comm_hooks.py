@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from mpiddl.buckets.bucket import Bucket
-from mpiddl.devices.base import Buffer
+from mpiddl.devices.base import Buffer, Device
+from mpiddl.devices.registry import device_of
 from mpiddl.waits import Waits
 
 __all__ = ["CommHook", "GradientBucket", "bf16_compress", "hook_for_buckets"]
@@ -96,16 +97,16 @@ def hook_for_buckets(
                 "`yield from bucket.all_reduce(...)` takes the place of torch's Future, and what "
                 "is in bucket.buffer at the end is the gradient"
             )
-        return _in_plain_mode(waits)
+        return _in_plain_mode(waits, device_of(bucket.buffer))
 
     return reduce
 
 
-def _in_plain_mode(waits: Waits[None]) -> Waits[None]:
+def _in_plain_mode(waits: Waits[None], device: Device) -> Waits[None]:
     """``waits`` without autograd and outside of inference mode, whoever drives it: tensors that a
-    hook makes in one turn can be used in the next."""
+    hook makes in one turn can be used in the next. On a GPU in line with what the exchange adds."""
     while True:
-        with torch.inference_mode(mode=False), torch.no_grad():
+        with torch.inference_mode(mode=False), torch.no_grad(), device.stream():
             try:
                 wait = next(waits)
             except StopIteration:

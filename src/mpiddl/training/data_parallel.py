@@ -45,10 +45,10 @@ class DataParallel(torch.nn.Module):
     Comm hooks and optimizers stay with the original.
 
     Args:
-        module: The model, on the CPU.
+        module: The model, on the CPU or on this rank's GPU (``world.device``).
         world: The ranks; default those of ``mpiddl.init()``.
         bucket_size: Largest bucket, in bytes or as ``"25MiB"``, or ``"auto"`` to measure it in the
-            first steps; default MPIDDL_BUCKET_SIZE.
+            first steps; default MPIDDL_BUCKET_SIZE, and 25 MiB on a GPU where that is not set.
         algorithm: All-reduce algorithm; default MPIDDL_ALGORITHM, else ``"auto"``.
         engine: Who drives the exchange: ``"inline"``, the gradient hooks; ``"thread"``, a thread as
             well; ``"after"``, nobody before backward is over; ``"auto"``, measured in the first
@@ -70,7 +70,9 @@ class DataParallel(torch.nn.Module):
 
     Raises:
         ValueError: The model is wrapped already, or has nothing to train; a bad argument.
-        UnsupportedBufferError: A parameter that cannot be reduced (GPU, complex, integer).
+        UnsupportedBufferError: A parameter that cannot be reduced (complex, integer), or a model
+            that is not on one device.
+        GpuMemoryError: A GPU has no room for the gradients.
         MismatchError: Ranks wrapped different models.
 
     Source:
@@ -101,6 +103,7 @@ class DataParallel(torch.nn.Module):
         self._world: World | None = world or current_world()
         self._options = options_from(
             self.world.settings,
+            on_gpu=any(parameter.is_cuda for parameter in module.parameters()),
             bucket_size=bucket_size,
             algorithm=algorithm,
             engine=engine,

@@ -14,6 +14,8 @@ __all__ = ["AUTO", "NAN_CHECKS", "Options", "agree_on_options", "options_from"]
 
 AUTO = "auto"
 NAN_CHECKS = ("off", "warn", "error")
+GPU_BUCKET_BYTES = 25 << 20
+"""Where the user chose no other: each bucket costs launches of kernels and waits for them."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Options:
 def options_from(
     settings: Settings,
     *,
+    on_gpu: bool = False,
     bucket_size: int | str | None,
     algorithm: str | None,
     engine: str | None,
@@ -65,6 +68,8 @@ def options_from(
     if check_replicas_every < 0:
         raise ValueError("check_replicas_every must not be negative; 0 turns it off")
     chosen: int | str | None = settings.bucket_size if bucket_size is None else bucket_size
+    if on_gpu and chosen == Settings.bucket_size and bucket_size is None:
+        chosen = GPU_BUCKET_BYTES
     if isinstance(chosen, str):
         chosen = None if chosen == AUTO else parse_bytes(chosen)
     if chosen is not None and chosen < 1:

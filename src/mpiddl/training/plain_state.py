@@ -45,7 +45,7 @@ def _encode(value: Any, tensors: list[torch.Tensor], where: str) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, torch.Tensor):
-        whole = gapless(value)
+        whole = gapless(value).cpu()  # load_state_dict takes it to where the parameters are
         tensors.append(whole)
         dtype = str(whole.dtype).removeprefix("torch.")
         return {"tensor": [dtype, list(whole.shape), list(whole.stride())]}
@@ -72,7 +72,8 @@ def _decode(value: Any, tensors: list[torch.Tensor]) -> Any:
     ((kind, content),) = value.items()
     if kind == "tensor":
         dtype, shape, strides = content
-        tensors.append(torch.empty_strided(shape, strides, dtype=getattr(torch, dtype)))
+        empty = torch.empty_strided(shape, strides, dtype=getattr(torch, dtype), device="cpu")
+        tensors.append(empty)
         return tensors[-1]
     if kind in ("dict", "counter"):  # such as MultiStepLR's milestones
         pairs = {_decode(key, tensors): _decode(item, tensors) for key, item in content}

@@ -8,7 +8,7 @@ from mpiddl.buckets.bucket import Bucket
 from mpiddl.buckets.gradients import Gradients, arenas_for, spec_of
 from mpiddl.buckets.plan import BucketPlan
 from mpiddl.comm.world import World
-from mpiddl.devices.host import HOST
+from mpiddl.devices.registry import device_of
 from mpiddl.errors import GradientError
 from mpiddl.events import Kind, new_model, record
 from mpiddl.overlap.bucket_reductions import BucketReductions
@@ -121,7 +121,7 @@ class Reducer:
         if self._options.check:
             algorithm = self._options.algorithm
             agree_on_plan(self._module, plan, algorithm, self.sparse.names, self._control)
-        self._arenas = arenas_for(plan, HOST, self.world)
+        self._arenas = arenas_for(plan, device_of(self.trained[0]), self.world)
         self.unused = Unused(self.parameters, self.names, self._options.static_graph)
         self._plan_ahead(plan, choice)
         self._lay_out()
@@ -134,7 +134,7 @@ class Reducer:
 
     def _plan_ahead(self, plan: BucketPlan, choice: Choice) -> None:
         """The next backward begins with this plan. Collective."""
-        self.reductions.reserve(len(plan.buckets))
+        self.reductions.reserve(len(plan.buckets), device_of(self.trained[0]))
         self._next = plan, choice
 
     def _lay_out(self) -> None:
@@ -143,7 +143,7 @@ class Reducer:
         (self.plan, choice), self._next = self._next, None
         self.gradients = Gradients(self.plan, self.parameters, self._arenas)
         self.reductions.threaded = choice.engine == "thread"
-        self.reductions.fit(self.gradients.buckets)
+        self.reductions.fit(self.gradients.buckets, self.gradients.device)
         self.scheduler = Scheduler(
             self.gradients,
             self.names,

@@ -85,7 +85,7 @@ class SparseGradients:
 def _entries_of(parameter: torch.nn.Parameter, weight: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices and values of a gradient; none where it weighs nothing (and may be NaN)."""
     if parameter.grad is None or weight == 0:
-        return torch.empty(0, dtype=torch.int64, device="cpu"), parameter.detach()[:0]
+        return parameter.new_empty(0, dtype=torch.int64), parameter.detach()[:0]
     gradient = parameter.grad.detach().coalesce()
     return gradient.indices()[0].contiguous(), gradient.values().contiguous()
 

@@ -8,7 +8,9 @@ import torch
 
 from mpiddl.collectives.broadcast import broadcast
 from mpiddl.collectives.channel import Channel, bytes_of
+from mpiddl.collectives.choose import chunk_bytes_for
 from mpiddl.comm.world import World
+from mpiddl.devices.registry import device_of
 from mpiddl.overlap.engine import engine_of
 
 __all__ = ["broadcast_state", "gapless", "named_state"]
@@ -35,8 +37,9 @@ def broadcast_state(model: torch.nn.Module, world: World, root: int = 0) -> None
     works = []
     for _, copy in copies:
         channel = Channel(world, world.tags.foreground())
-        waits = broadcast(bytes_of(copy), root, channel, world.settings.chunk_size)
-        works.append(engine.submit(waits, world))
+        device = device_of(copy)
+        waits = broadcast(bytes_of(copy), root, channel, chunk_bytes_for(device, world))
+        works.append(engine.submit(waits, world, device=device))
     for work, (tensor, copy) in zip(works, copies, strict=True):
         work.wait()
         if copy.data_ptr() != tensor.data_ptr():

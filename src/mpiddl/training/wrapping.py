@@ -12,6 +12,7 @@ from mpiddl.buckets import agreement
 from mpiddl.buckets.gradients import spec_of
 from mpiddl.buckets.plan import BucketPlan
 from mpiddl.collectives.reduction import FLOATS
+from mpiddl.devices.registry import device_of
 from mpiddl.errors import GradientError, UnsupportedBufferError
 from mpiddl.events import Kind, describe, record
 from mpiddl.overlap.control import Control
@@ -44,11 +45,17 @@ def trained_parameters(
         raise ValueError(
             f"{type(module).__name__} has no parameter that requires a gradient: nothing to reduce"
         )
+    first, place = named[0][0], named[0][1].device
     for name, tensor in named_state(module):
-        if tensor.device.type != "cpu":
+        if tensor.device != place:
             raise UnsupportedBufferError(
-                f"{name!r} is on {tensor.device}; only models on the CPU can be trained so far"
+                f"{name!r} is on {tensor.device}, but {first!r} on {place}; move the whole model "
+                "to one device, model.to(world.device)"
             )
+    try:
+        device_of(named[0][1])
+    except UnsupportedBufferError as error:
+        raise UnsupportedBufferError(f"{first!r} is {error}") from None
     for name, parameter in named:
         _check_parameter(name, parameter, wrapper)
     return named

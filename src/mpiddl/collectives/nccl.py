@@ -1,0 +1,120 @@
+"""NVIDIA's own all-reduce, through CuPy: where each rank has a GPU to itself and NCCL is there.
+
+NCCL's kernels wait for other ranks on the GPU, so ranks that share one would block each other.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from mpiddl.collectives.channel import Channel
+from mpiddl.collectives.reduction import Reduction
+from mpiddl.comm.layout import exchange
+from mpiddl.comm.native import Native
+from mpiddl.comm.world import World
+from mpiddl.devices.base import Buffer, Device
+from mpiddl.devices.cuda.device import CudaDevice
+from mpiddl.devices.cuda.streams import Events
+from mpiddl.errors import UnsupportedBufferError
+from mpiddl.waits import Wait, Waits
+
+__all__ = [
+    "NCCL_DTYPES",
+    "has_communicator",
+    "make_communicator",
+    "nccl_all_reduce",
+    "nccl_problem",
+]
+
+NCCL_DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8")
+
+
+class _Communicator:
+    """NCCL's, on a stream of its own: what it waits for must hold up nothing else."""
+
+    def __init__(self, device: CudaDevice, nccl: Any, known: Any) -> None:
+        self._nccl = nccl
+        self._known = known
+        self._stream = device.runtime.make_stream()
+        self._events = Events(device.runtime)
+
+    def all_reduce(self, buffer: Buffer, op: str) -> Wait:
+        """In place; starts at once."""
+        address, dtype = buffer.data_ptr(), str(buffer.dtype).removeprefix("torch.")
+        kind, does = (getattr(self._nccl, f"NCCL_{name.upper()}") for name in (dtype, op))
+        self._known.allReduce(address, address, len(buffer), kind, does, self._stream)
+        return self._events.after(self._stream)
+
+
+_communicators: WeakKeyDictionary[Native, _Communicator] = WeakKeyDictionary()
+
+
+def nccl_problem(device: Device, world: World) -> str | None:
+    """Why NCCL cannot be used, the same on every rank; None if it can."""
+    if not device.late:
+        return "algorithm 'nccl' works on GPU memory; see `mpiddl doctor` for the GPUs of this node"
+    if world.gpu_sharers > 1:
+        return (
+            f"algorithm 'nccl' needs a GPU for each rank, and up to {world.gpu_sharers} ranks "
+            "share one; start one rank per GPU, or leave the algorithm to mpiddl"
+        )
+    try:
+        from cupy.cuda import nccl
+    except ImportError:
+        return "algorithm 'nccl' needs CuPy; pip install 'mpiddl[cuda13]' or [cuda12]"
+    if not nccl.available:
+        return "algorithm 'nccl' needs NCCL where CuPy finds it; pip install nvidia-nccl-cu13"
+    return None
+
+
+def has_communicator(native: Native) -> bool:
+    """Whether ``make_communicator`` has done its work."""
+    return native in _communicators
+
+
+def make_communicator(native: Native, device: Device, world: World) -> None:
+    """What the collectives on channels with ``native`` will use. Collective, at the first call; all
+    ranks are there and nothing that others wait for is left to do.
+
+    Raises:
+        UnsupportedBufferError: On every rank, if NCCL fails on one.
+    """
+    if has_communicator(native) or world.size == 1:
+        return
+    assert isinstance(device, CudaDevice)
+    from cupy.cuda import nccl
+
+    number = list(nccl.get_unique_id()) if world.rank == 0 else None
+    number, problem, known = exchange(world.comms[0], number)[0], None, None
+    try:
+        with device.runtime.current():
+            known = nccl.NcclCommunicator(world.size, tuple(number), world.rank)
+    except nccl.NcclError as error:
+        problem = f"rank {world.rank}: {error}"
+    problems = [text for text in exchange(world.comms[0], problem) if text is not None]
+    if problems:
+        raise UnsupportedBufferError(f"NCCL could not be started: {problems[0]}")
+    _communicators[native] = _Communicator(device, nccl, known)
+
+
+def nccl_all_reduce(
+    buffer: Buffer, reduction: Reduction, channel: Channel, device: Device, chunk_bytes: int
+) -> Waits[None]:
+    """Reduce ``buffer`` over all ranks, in place, with ncclAllReduce.
+
+    Must be started in the same order on every rank. How NaN takes part in min and max, in which
+    order sums are formed and where 16-bit floats are rounded is NCCL's choice. ``chunk_bytes`` is
+    not used.
+    """
+    if reduction.weight is not None:
+        device.scale(buffer, reduction.weight)
+    if channel.size == 1 or not len(buffer):
+        return
+    queue = channel.native.queue
+    ticket = queue.ticket()  # at once: ranks begin in the same order, and a fence takes its time
+    yield device.fence()
+    yield ticket
+    reduced = _communicators[channel.native].all_reduce(buffer, reduction.op)
+    queue.leave()
+    yield reduced

@@ -1,0 +1,1 @@
+"""GPU memory, its streams, and arithmetic on it; the only home of CuPy."""
