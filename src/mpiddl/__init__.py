@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from mpiddl import data as data
     from mpiddl.comm.world import World as World
     from mpiddl.comm.world import init as init
-    from mpiddl.data.samplers import ShardBatchSampler as ShardBatchSampler
+    from mpiddl.data.batches import ShardBatchSampler as ShardBatchSampler
     from mpiddl.data.samplers import ShardSampler as ShardSampler
     from mpiddl.data.seeds import seed as seed
     from mpiddl.errors import MpiddlError as MpiddlError
@@ -47,7 +48,7 @@ _HOMES = {
     "DataParallel": "mpiddl.training.data_parallel",
     "MpiddlError": "mpiddl.errors",
     "OverlappedOptimizer": "mpiddl.training.overlapped_optimizer",
-    "ShardBatchSampler": "mpiddl.data.samplers",
+    "ShardBatchSampler": "mpiddl.data.batches",
     "ShardSampler": "mpiddl.data.samplers",
     "SyncBatchNorm": "mpiddl.training.sync_batch_norm",
     "Work": "mpiddl.overlap.work",
@@ -58,6 +59,7 @@ _HOMES = {
     "barrier": "mpiddl.overlap.calls",
     "broadcast": "mpiddl.overlap.calls",
     "broadcast_json": "mpiddl.overlap.calls",
+    "data": "mpiddl.data",
     "empty": "mpiddl.overlap.memory",
     "gather": "mpiddl.overlap.rooted",
     "gather_json": "mpiddl.overlap.calls",
@@ -87,6 +89,7 @@ __all__ = [
     "barrier",
     "broadcast",
     "broadcast_json",
+    "data",
     "empty",
     "gather",
     "gather_json",

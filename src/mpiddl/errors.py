@@ -15,6 +15,7 @@ MpiddlError
  +-- PeerError             another library could not take part in a benchmark
  +-- OutputError           a result could not be written
  +-- RecordingError        a file of events or a trace cannot be read
+ +-- DataError             samples are missing, cut off, or not what they should be
 
 Each message says what happened, on which rank where that matters, and what to do.
 Those that come of a caller's argument are ``ValueError`` too.
@@ -23,6 +24,7 @@ Those that come of a caller's argument are ``ValueError`` too.
 from __future__ import annotations
 
 __all__ = [
+    "DataError",
     "GpuMemoryError",
     "GradientError",
     "LaunchError",
@@ -136,3 +138,11 @@ class OutputError(MpiddlError):
 
 class RecordingError(MpiddlError, ValueError):
     """A file of events, or a trace made of such files, cannot be read."""
+
+
+class DataError(MpiddlError, ValueError):
+    """Samples are missing, cut off, or not what they should be."""
+
+    def __init__(self, message: str, *, on_every_rank: bool = False) -> None:
+        super().__init__(message)
+        self.on_every_rank = on_every_rank

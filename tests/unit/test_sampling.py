@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
-import numpy
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import TensorDataset
 
-from mpiddl.data.samplers import ShardBatchSampler, ShardSampler
-from mpiddl.data.shards import epoch_order, part_of
+from mpiddl.data.batches import ShardBatchSampler
+from mpiddl.data.samplers import ShardSampler
+from mpiddl.errors import DataError
 
 
 def place(rank, size):
@@ -28,7 +29,7 @@ def global_batches(length, size, epoch=0, **options):
 
 
 @given(
-    length=st.integers(1, 120),
+    length=st.integers(4, 120),
     batch_size=st.integers(1, 40),
     epoch=st.integers(0, 3),
     shuffle=st.booleans(),
@@ -53,18 +54,183 @@ def test_the_global_batch_does_not_depend_on_the_world(
 
 def test_epochs_and_seeds_change_the_order():
     orders = {
-        (seed, epoch): epoch_order(50, epoch, seed, True).tolist()
+        (seed, epoch): sum(global_batches(50, 1, epoch, batch_size=7, seed=seed), [])
         for seed in range(3)
         for epoch in range(3)
     }
-    assert len({tuple(order) for order in orders.values()}) == 9
-    assert epoch_order(50, 1, 2, True).tolist() == orders[2, 1]
-    assert epoch_order(5, 3, 1, False).tolist() == [0, 1, 2, 3, 4]
+    assert len({str(order) for order in orders.values()}) == 9
+    assert sum(global_batches(50, 1, 1, batch_size=7, seed=2), []) == orders[2, 1]
+    plain = sum(global_batches(5, 1, 3, batch_size=2, shuffle=False), [])
+    assert plain == [[0, 1], [2, 3], [4]]
 
 
-def test_parts_follow_the_order():
-    parts = [part_of(numpy.arange(10), rank, 4).tolist() for rank in range(4)]
-    assert parts == [[0, 1, 2], [3, 4, 5], [6, 7], [8, 9]]
+KINDS = [None, "contiguous", "strided", "hash", "grouped", "stratified", "weighted", "balanced"]
+
+
+def options_of(kind, length, size):
+    return {
+        "hash": {"keys": [f"k{index}" for index in range(length)]},
+        "grouped": {"groups": [index % 11 for index in range(length)]},
+        "stratified": {"labels": [index % 7 % 3 for index in range(length)]},
+        "balanced": {"labels": [index % 7 % 3 for index in range(length)]},
+        "weighted": {"weights": [1.0 + rank for rank in range(size)]},
+    }.get(kind, {})
+
+
+def samplers_of(kind, length, size, **options):
+    more = options_of(kind, length, size)
+    return [
+        ShardBatchSampler(length, place(rank, size), sharding=kind, **options, **more)
+        for rank in range(size)
+    ]
+
+
+def run_steps(samplers, steps):
+    """The next batches of all ranks; each is checked against its total."""
+    drawn = []
+    loops = [iter(sampler) for sampler in samplers]
+    for _ in range(steps):
+        parts = [next(loop) for loop in loops]
+        totals = {sampler.total for sampler in samplers}
+        assert totals == {sum(map(len, parts))}
+        drawn.append(parts)
+    return drawn
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(
+    length=st.integers(12, 150),
+    sizes=st.lists(st.integers(1, 4), min_size=1, max_size=4),
+    batch_size=st.integers(1, 30),
+    epoch=st.integers(0, 2),
+    draw=st.data(),
+)
+@settings(deadline=None, max_examples=60)
+def test_an_epoch_goes_on_on_any_number_of_ranks(kind, length, sizes, batch_size, epoch, draw):
+    """Stopped anywhere, as often as one likes: every sample exactly once."""
+    if kind == "weighted":
+        sizes = sizes[:1] * len(sizes)  # a weight for each rank
+    seen, state = [], None
+    for number, size in enumerate(sizes):
+        samplers = samplers_of(kind, length, size, batch_size=batch_size, seed=3)
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+            if state is not None:
+                sampler.load_state_dict(json.loads(json.dumps(state)))
+                sampler.set_epoch(epoch)  # as loops do
+        left = {len(sampler) for sampler in samplers}
+        assert len(left) == 1
+        steps = left.pop()
+        if number < len(sizes) - 1:
+            steps = draw.draw(st.integers(0, steps))
+        for parts in run_steps(samplers, steps):
+            seen += sum(parts, [])
+        states = [sampler.state_dict() for sampler in samplers]
+        assert all(other == states[0] for other in states)
+        state = states[0]
+    if kind == "balanced":
+        alone = samplers_of(kind, length, 1, batch_size=batch_size, seed=3)
+        alone[0].set_epoch(epoch)
+        assert sorted(seen) == sorted(sum(sum(run_steps(alone, len(alone[0])), []), []))
+    else:
+        assert sorted(seen) == list(range(length))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_comes_after_a_stop_is_what_would_have_come(kind):
+    """On the same number of ranks: the very same batches, in this epoch and the next."""
+    whole = samplers_of(kind, 100, 3, batch_size=9)
+    expected = run_steps(whole, len(whole[0]))
+    first = samplers_of(kind, 100, 3, batch_size=9)
+    run_steps(first, 4)
+    state = first[0].state_dict()
+    second = samplers_of(kind, 100, 3, batch_size=9)
+    for sampler in second:
+        sampler.load_state_dict(state)
+    assert len(second[0]) == len(expected) - 4
+    assert run_steps(second, len(second[0])) == expected[4:]
+    for sampler in (*whole, *second):
+        sampler.set_epoch(1)
+    assert run_steps(second, len(whole[0])) == run_steps(whole, len(whole[0]))
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "strided", "hash", "grouped"])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_ranks_that_keep_to_their_own(kind, shuffle):
+    """Also when the epoch goes on on other ranks: then to what is theirs by then."""
+    first = samplers_of(kind, 200, 2, batch_size=20, shuffle=shuffle)
+    before = run_steps(first, 4)
+    state = first[0].state_dict()
+    second = samplers_of(kind, 200, 3, batch_size=20, shuffle=shuffle)
+    for sampler in second:
+        sampler.load_state_dict(state)
+    after = run_steps(second, len(second[0]))
+    for samplers, batches in ((first, before), (second, after)):
+        for rank, sampler in enumerate(samplers):
+            own = set(sampler.sharding.shard(rank, len(samplers)))
+            visited = sum((parts[rank] for parts in batches), [])
+            assert set(visited) <= own
+            assert shuffle != (visited == sorted(visited))
+        sizes = [sum(map(len, parts)) for parts in batches]
+        assert max(sizes) - min(sizes) <= 2 * len(samplers)
+        assert max(sizes) <= 20 + len(samplers)
+
+
+def test_state_is_refused_where_it_does_not_fit():
+    state = ShardBatchSampler(50, place(0, 1), batch_size=5, seed=1).state_dict()
+    for options, words in (
+        ({"dataset": 51}, "number of samples: 50, here 51"),
+        ({"batch_size": 6}, "batch_size: 5, here 6"),
+        ({"seed": 2}, "seed: 1, here 2"),
+        ({"sharding": "strided"}, "sharding: Random, here Strided"),
+    ):
+        arguments = {"dataset": 50, "world": place(0, 1), "batch_size": 5, "seed": 1, **options}
+        with pytest.raises(DataError) as error:
+            ShardBatchSampler(**arguments).load_state_dict(state)
+        assert words in str(error.value)
+    with pytest.raises(DataError, match="no state"):
+        ShardBatchSampler(50, place(0, 1), batch_size=5).load_state_dict({"epoch": 3})
+
+
+def test_a_loader_that_drew_ahead_must_say_how_far_its_loop_is():
+    sampler = ShardBatchSampler(50, place(0, 1), batch_size=5)
+    loop = iter(sampler)
+    for _ in range(4):
+        next(loop)
+    with pytest.raises(RuntimeError, match=r"state_dict\(step\)"):
+        sampler.state_dict()
+    assert sampler.state_dict(2)["past"] == [[1, 2]]
+    with pytest.raises(IndexError, match="step 11"):
+        sampler.state_dict(11)
+
+
+def test_shares_move_from_the_step_that_was_named():
+    samplers = samplers_of(None, 400, 2, batch_size=40)
+    loops = [iter(sampler) for sampler in samplers]
+    lengths = []
+    seen = []
+    for step in range(10):
+        parts = [next(loop) for loop in loops]
+        seen += sum(parts, [])
+        lengths.append([len(part) for part in parts])
+        if step == 2:
+            for sampler in samplers:
+                sampler.set_shares([3, 1], 5)
+                assert sampler.shares == [0.5, 0.5]
+    assert lengths == [[20, 20]] * 5 + [[30, 10]] * 5
+    assert sorted(seen) == list(range(400))
+    assert samplers[0].shares == [0.75, 0.25]
+    state = samplers[0].state_dict(10)
+    for sampler in samplers:
+        with pytest.raises(ValueError, match="drawn already"):
+            sampler.set_shares([1, 1], 9)
+        sampler.set_epoch(1)
+    assert [len(part) for part in run_steps(samplers, 1)[0]] == [30, 10]
+    again = ShardBatchSampler(400, place(0, 2), batch_size=40)
+    again.load_state_dict(state)
+    assert again.shares == [0.75, 0.25]
+    with pytest.raises(DataError, match="its own samples"):
+        samplers_of("strided", 40, 2, batch_size=4)[0].set_shares([1, 2], 3)
 
 
 def test_lengths_and_totals():
@@ -82,8 +248,10 @@ def test_lengths_and_totals():
 
 @pytest.mark.parametrize("length", [1, 2, 5, 100])
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_evaluation_is_exact(length, shuffle):
-    samplers = [ShardSampler(length, place(rank, 3), shuffle=shuffle) for rank in range(3)]
+@pytest.mark.parametrize("kind", [None, "strided", "hash", "stratified"])
+def test_evaluation_is_exact(length, shuffle, kind):
+    options = {"sharding": kind, **options_of(kind, length, 3), "shuffle": shuffle}
+    samplers = [ShardSampler(length, place(rank, 3), **options) for rank in range(3)]
     seen = [list(sampler) for sampler in samplers]
     assert sorted(sum(seen, [])) == list(range(length))
     assert [len(part) for part in seen] == [len(sampler) for sampler in samplers]
@@ -117,6 +285,15 @@ def test_empty_parts_of_nested_samples():
     [
         (lambda: ShardBatchSampler(0, place(0, 1), batch_size=1), "empty"),
         (lambda: ShardBatchSampler([], place(0, 1), batch_size=1), "empty"),
+        (lambda: ShardBatchSampler(3, place(0, 4), batch_size=1), "3 samples for 4 ranks"),
+        (lambda: ShardBatchSampler(5, place(0, 1), batch_size=1, sharding="x"), "no sharding"),
+        (lambda: ShardBatchSampler(5, place(0, 1), batch_size=1, labels=[0] * 5), "no labels"),
+        (
+            lambda: ShardBatchSampler(
+                5, place(0, 1), batch_size=1, sharding="balanced", labels=[0] * 5, shuffle=False
+            ),
+            "random order",
+        ),
         (lambda: ShardBatchSampler(5, place(0, 1), batch_size=0), "batch_size"),
         (lambda: ShardBatchSampler(5, place(0, 1), batch_size=1, seed=-1), "seed"),
         (lambda: ShardSampler(0, place(0, 1)), "empty"),

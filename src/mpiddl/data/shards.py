@@ -1,22 +1,32 @@
-"""The global order of an epoch and each rank's part of it. Arithmetic only."""
+"""The samples of a rank, by the name of a sharding."""
 
 from __future__ import annotations
 
-import numpy
-from numpy.typing import NDArray
+from typing import Any
 
-from mpiddl.segments import split
+from mpiddl.comm.world import World, current_world
+from mpiddl.data.permutation import Indices
+from mpiddl.data.shardings import sharding
 
-__all__ = ["epoch_order", "part_of"]
-
-
-def epoch_order(length: int, epoch: int, seed: int, shuffle: bool) -> NDArray[numpy.int64]:
-    """Indices of all samples in the order of ``epoch``, the same on every rank."""
-    if not shuffle:
-        return numpy.arange(length)
-    return numpy.random.default_rng([seed, epoch]).permutation(length)
+__all__ = ["shard"]
 
 
-def part_of(indices: NDArray[numpy.int64], rank: int, size: int) -> NDArray[numpy.int64]:
-    """Rank ``rank``'s consecutive part; the parts' lengths differ by at most one."""
-    return indices[split(len(indices), size)[rank]]
+def shard(
+    name: str, length: int, world: World | None = None, *, epoch: int = 0, **options: Any
+) -> Indices | range:
+    """Which of ``length`` samples are this rank's.
+
+    Computed on each rank alone, without messages; the same arguments give the same answer.
+
+    Args:
+        name: Of a sharding, see ``mpiddl.data.sharding``.
+        length: Samples of the data set.
+        world: The ranks; default those of ``mpiddl.init()``.
+        epoch: Where a sharding changes with it.
+        options: ``seed`` and what that sharding takes.
+
+    Raises:
+        DataError: As for ``mpiddl.data.sharding``.
+    """
+    world = world or current_world()
+    return sharding(name, length, **options).shard(world.rank, world.size, epoch)

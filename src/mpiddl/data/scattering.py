@@ -1,0 +1,141 @@
+"""Samples that one rank has, dealt out to all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+import numpy
+import torch
+
+from mpiddl.collectives.scatter import scatter as scatter_parts
+from mpiddl.comm.world import World, current_world
+from mpiddl.data.permutation import Indices
+from mpiddl.data.progress_bar import progress
+from mpiddl.data.rows import Kind, Rows, as_rows, empty_rows, kind_of_rows, take
+from mpiddl.data.shardings import Sharding
+from mpiddl.data.shardings import sharding as make_sharding
+from mpiddl.errors import DataError
+from mpiddl.overlap.arguments import new_channel, run
+from mpiddl.overlap.calls import broadcast_json
+
+__all__ = ["scatter"]
+
+PIECE_BYTES = 8 << 20
+"""For one rank at a time: no message is larger, and nothing is copied as a whole."""
+
+
+def scatter(
+    samples: Any = None,
+    root: int = 0,
+    *,
+    sharding: str | Sharding = "contiguous",
+    seed: int = 0,
+    world: World | None = None,
+    **options: Any,
+) -> Any:
+    """Each rank's samples of those that rank ``root`` has. Collective.
+
+    They travel in pieces, as bytes: of any size, and nothing is pickled.
+
+    Args:
+        samples: On ``root``: a numpy array or a tensor on the host whose first dimension counts
+            samples, or a list of ``bytes``. Other ranks pass None.
+        root: The rank that has them.
+        sharding: Who gets which, as for ``mpiddl.data.sharding``; used on ``root`` alone.
+        seed: Of the sharding.
+        world: The ranks; default those of ``mpiddl.init()``.
+        options: What the sharding takes.
+
+    Returns:
+        An array, a tensor or a list, as ``root`` passed.
+
+    Raises:
+        ValueError: On every rank: ``root`` is no rank, or has no samples that can travel.
+    """
+    world = world or current_world()
+    if not 0 <= root < world.size:
+        raise DataError(f"root {root} is no rank of a world of {world.size}", on_every_rank=True)
+    shards: list[Sequence[int] | Indices] = []
+    told, problem = None, None
+    if world.rank == root:
+        try:
+            told = "bytes" if isinstance(samples, list) else kind_of_rows(samples)
+            if told == "bytes" and not all(isinstance(sample, bytes) for sample in samples):
+                raise DataError("a list must hold bytes; pass numbers as an array")
+            if isinstance(sharding, str):
+                sharding = make_sharding(sharding, len(samples), seed=seed, **options)
+            shards = [sharding.shard(rank, world.size) for rank in range(world.size)]
+        except (ValueError, TypeError) as error:
+            problem = f"scatter: rank {root}: {error}"
+    problem, told, lengths = broadcast_json(
+        [problem, told, [len(shard) for shard in shards]], root, world=world
+    )
+    if problem is not None:
+        raise DataError(problem, on_every_rank=True)
+    if told == "bytes":
+        return _scatter_bytes(samples, shards, lengths, root, world)
+    return _scatter_rows(samples, shards, lengths, Kind(*told), root, world)
+
+
+def _scatter_rows(
+    samples: Any,
+    shards: Sequence[Sequence[int] | Indices],
+    lengths: Sequence[int],
+    kind: Kind,
+    root: int,
+    world: World,
+) -> Any:
+    result, rows = empty_rows(lengths[world.rank], kind)
+    most = max(1, PIECE_BYTES // max(1, rows.shape[1]))  # samples in a piece
+    fill = take(samples) if world.rank == root else None
+    whole = as_rows(samples) if world.rank == root else None
+    rooms: dict[int, Rows] = {}
+
+    def part(rank: int, start: int, stop: int) -> torch.Tensor:
+        """What a rank gets next: in place where that is possible, else copied together."""
+        indices = shards[rank][start:stop]
+        if isinstance(indices, range) and indices.step == 1 and whole is not None:
+            piece = whole[indices.start : indices.stop]
+            if piece.flags.writeable:
+                return torch.from_numpy(piece).view(-1)
+        if rank not in rooms:
+            rooms[rank] = numpy.empty((most, rows.shape[1]), dtype=numpy.uint8)
+        room = rooms[rank][: stop - start]
+        assert fill is not None
+        fill(numpy.asarray(indices, dtype=numpy.int64), room)
+        return torch.from_numpy(room).view(-1)
+
+    with progress(sum(lengths) * rows.shape[1], "scatter", world) as bar:
+        for start in range(0, max(lengths), most):
+            bounds = [(min(start, n), min(start + most, n)) for n in lengths]
+            parts = [part(rank, *bounds[rank]) for rank in range(len(shards))]
+            mine = torch.from_numpy(rows[slice(*bounds[world.rank])]).view(-1)
+            run(world, scatter_parts(mine, parts, root, new_channel(world)))
+            bar.advance(sum(stop - start for start, stop in bounds) * rows.shape[1])
+    return result
+
+
+def _scatter_bytes(
+    samples: Any,
+    shards: Sequence[Sequence[int] | Indices],
+    lengths: Sequence[int],
+    root: int,
+    world: World,
+) -> list[bytes]:
+    """Their lengths first, then all of a rank's in a row."""
+    order = [samples[index] for shard in shards for index in shard]
+    stops = [0, *accumulate(lengths)]
+    sizes = numpy.array([len(sample) for sample in order], dtype=numpy.int64)
+    own = [range(*pair) for pair in pairwise(stops)] if world.rank == root else []
+    mine = _scatter_rows(sizes, own, lengths, Kind("numpy", "<i8", []), root, world)
+    flat, nbytes = None, None
+    if world.rank == root:
+        flat = numpy.frombuffer(bytearray(b"".join(order)), dtype=numpy.uint8)
+        ends = [0, *numpy.cumsum(sizes).tolist()]
+        own = [range(ends[start], ends[stop]) for start, stop in pairwise(stops)]
+        nbytes = [len(part) for part in own]
+    nbytes = broadcast_json(nbytes, root, world=world)
+    raw = _scatter_rows(flat, own, nbytes, Kind("numpy", "|u1", []), root, world).tobytes()
+    return [raw[start:stop] for start, stop in pairwise([0, *accumulate(mine.tolist())])]
