@@ -123,11 +123,12 @@ def python_blocks(name):
     return re.findall(r"```python\n(.*?)```", (TOP / name).read_text(), flags=re.DOTALL)
 
 
-def test_readme_code_runs_on_two_ranks(tmp_path):
-    blocks = python_blocks("README.md")
+@pytest.mark.parametrize("page", ["README.md", "docs/data.md"])
+def test_code_of_pages_runs_on_two_ranks(tmp_path, page):
+    blocks = python_blocks(page)
     assert blocks
     for number, block in enumerate(blocks):
-        script = tmp_path / f"readme_{number}.py"
+        script = tmp_path / f"page_{number}.py"
         script.write_text(block)
         job = subprocess.run(
             [TOP / "tools" / "mpirun", "-n", "2", "python", script],
@@ -135,6 +136,7 @@ def test_readme_code_runs_on_two_ranks(tmp_path):
             text=True,
             check=False,
             timeout=120,
+            cwd=TOP,
         )
         assert job.returncode == 0, job.stdout + job.stderr
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import mpiddl
-from mpiddl.cli import bench, doctor, trace, tune
+from mpiddl.cli import bench, data, doctor, trace, tune
 from mpiddl.cli.run import deferred, run
 
 __all__ = ["app", "main"]
@@ -22,6 +22,7 @@ app = typer.Typer(
 app.command("doctor")(deferred(doctor.doctor))
 app.command("tune")(deferred(tune.tune))
 app.add_typer(bench.app, name="bench")
+app.add_typer(data.app, name="data")
 app.add_typer(trace.app, name="trace")
 
 

@@ -9,12 +9,32 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "AUC": "mpiddl.data.metrics",
+    "Accuracy": "mpiddl.data.metrics",
     "Balancer": "mpiddl.data.balance",
+    "ConfusionMatrix": "mpiddl.data.metrics",
+    "ImageFolder": "mpiddl.data.readers.images",
+    "Mean": "mpiddl.data.metrics",
+    "ShardedStream": "mpiddl.data.streams",
+    "Skew": "mpiddl.data.skewness",
+    "Table": "mpiddl.data.readers.table",
+    "TextLines": "mpiddl.data.readers.text",
+    "ensemble": "mpiddl.data.ensembling",
     "everywhere": "mpiddl.data.together",
+    "gather_predictions": "mpiddl.data.predictions",
+    "gather_tensors": "mpiddl.data.predictions",
+    "loader": "mpiddl.data.loaders",
+    "read_csv": "mpiddl.data.readers.table",
+    "read_idx": "mpiddl.data.readers.idx",
+    "read_npy": "mpiddl.data.readers.npy",
+    "read_npz": "mpiddl.data.readers.npy",
     "scatter": "mpiddl.data.scattering",
     "shard": "mpiddl.data.shards",
     "sharding": "mpiddl.data.shardings",
     "shuffle": "mpiddl.data.shuffling",
+    "skew": "mpiddl.data.skewness",
+    "skew_of": "mpiddl.data.skewness",
+    "split": "mpiddl.data.splits",
 }
 
 __all__ = sorted(_HOMES)

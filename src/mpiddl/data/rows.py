@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mpiddl.data.permutation import Indices
 from mpiddl.errors import DataError
 
-__all__ = ["Kind", "Rows", "as_rows", "empty_rows", "kind_of_rows", "take"]
+__all__ = ["Kind", "Rows", "as_rows", "kind_of_rows", "room_for", "take"]
 
 Rows = NDArray[numpy.uint8]
 """Shape: (samples, bytes of one)."""
@@ -75,16 +75,25 @@ def as_rows(samples: Any) -> Rows | None:
     return rows
 
 
-def empty_rows(length: int, kind: Kind) -> tuple[Any, Rows]:
-    """Room for ``length`` samples, and the same memory as rows."""
-    shape = (length, *kind.shape)
-    samples: Any
-    if kind.package == "torch":
-        samples = torch.empty(shape, dtype=getattr(torch, kind.dtype), device="cpu")
-    else:
-        samples = numpy.empty(shape, dtype=numpy.dtype(kind.dtype))
+def room_for(length: int, kind: Kind, own: Any = None) -> tuple[Any, Rows]:
+    """Where ``length`` samples go, and the same memory as rows.
+
+    Raises:
+        DataError: The caller's ``own`` array is not for those.
+    """
+    samples: Any = own
+    if own is None and kind.package == "torch":
+        dtype = getattr(torch, kind.dtype)
+        samples = torch.empty((length, *kind.shape), dtype=dtype, device="cpu")
+    elif own is None:
+        samples = numpy.empty((length, *kind.shape), dtype=numpy.dtype(kind.dtype))
+    elif kind_of_rows(own) != kind or len(own) != length:
+        raise DataError(
+            f"out must hold {length} samples of {kind.dtype}{kind.shape} and be of {kind.package}"
+        )
     rows = as_rows(samples)
-    assert rows is not None
+    if rows is None or not rows.flags.writeable:
+        raise DataError("out must be contiguous, and may be written to")
     return samples, rows
 
 

@@ -13,9 +13,10 @@ from mpiddl.collectives.scatter import scatter as scatter_parts
 from mpiddl.comm.world import World, current_world
 from mpiddl.data.permutation import Indices
 from mpiddl.data.progress_bar import progress
-from mpiddl.data.rows import Kind, Rows, as_rows, empty_rows, kind_of_rows, take
+from mpiddl.data.rows import Kind, Rows, as_rows, kind_of_rows, room_for, take
 from mpiddl.data.shardings import Sharding
 from mpiddl.data.shardings import sharding as make_sharding
+from mpiddl.data.together import raise_together
 from mpiddl.errors import DataError
 from mpiddl.overlap.arguments import new_channel, run
 from mpiddl.overlap.calls import broadcast_json
@@ -32,6 +33,7 @@ def scatter(
     *,
     sharding: str | Sharding = "contiguous",
     seed: int = 0,
+    out: Any = None,
     world: World | None = None,
     **options: Any,
 ) -> Any:
@@ -45,6 +47,8 @@ def scatter(
         root: The rank that has them.
         sharding: Who gets which, as for ``mpiddl.data.sharding``; used on ``root`` alone.
         seed: Of the sharding.
+        out: Where to put them: a contiguous array or tensor of the right kind and length; default
+            a new one.
         world: The ranks; default those of ``mpiddl.init()``.
         options: What the sharding takes.
 
@@ -76,18 +80,24 @@ def scatter(
         raise DataError(problem, on_every_rank=True)
     if told == "bytes":
         return _scatter_bytes(samples, shards, lengths, root, world)
-    return _scatter_rows(samples, shards, lengths, Kind(*told), root, world)
+    problem = None
+    try:
+        room = room_for(lengths[world.rank], Kind(*told), out)
+    except DataError as error:
+        problem = f"scatter: {error}"
+    raise_together(problem, world)
+    return _scatter_rows(samples, shards, lengths, room, root, world)
 
 
 def _scatter_rows(
     samples: Any,
     shards: Sequence[Sequence[int] | Indices],
     lengths: Sequence[int],
-    kind: Kind,
+    room: tuple[Any, Rows],
     root: int,
     world: World,
 ) -> Any:
-    result, rows = empty_rows(lengths[world.rank], kind)
+    result, rows = room
     most = max(1, PIECE_BYTES // max(1, rows.shape[1]))  # samples in a piece
     fill = take(samples) if world.rank == root else None
     whole = as_rows(samples) if world.rank == root else None
@@ -102,10 +112,10 @@ def _scatter_rows(
                 return torch.from_numpy(piece).view(-1)
         if rank not in rooms:
             rooms[rank] = numpy.empty((most, rows.shape[1]), dtype=numpy.uint8)
-        room = rooms[rank][: stop - start]
+        copied = rooms[rank][: stop - start]
         assert fill is not None
-        fill(numpy.asarray(indices, dtype=numpy.int64), room)
-        return torch.from_numpy(room).view(-1)
+        fill(numpy.asarray(indices, dtype=numpy.int64), copied)
+        return torch.from_numpy(copied).view(-1)
 
     with progress(sum(lengths) * rows.shape[1], "scatter", world) as bar:
         for start in range(0, max(lengths), most):
@@ -129,7 +139,8 @@ def _scatter_bytes(
     stops = [0, *accumulate(lengths)]
     sizes = numpy.array([len(sample) for sample in order], dtype=numpy.int64)
     own = [range(*pair) for pair in pairwise(stops)] if world.rank == root else []
-    mine = _scatter_rows(sizes, own, lengths, Kind("numpy", "<i8", []), root, world)
+    room = room_for(lengths[world.rank], Kind("numpy", "<i8", []))
+    mine = _scatter_rows(sizes, own, lengths, room, root, world)
     flat, nbytes = None, None
     if world.rank == root:
         flat = numpy.frombuffer(bytearray(b"".join(order)), dtype=numpy.uint8)
@@ -137,5 +148,6 @@ def _scatter_bytes(
         own = [range(ends[start], ends[stop]) for start, stop in pairwise(stops)]
         nbytes = [len(part) for part in own]
     nbytes = broadcast_json(nbytes, root, world=world)
-    raw = _scatter_rows(flat, own, nbytes, Kind("numpy", "|u1", []), root, world).tobytes()
+    room = room_for(nbytes[world.rank], Kind("numpy", "|u1", []))
+    raw = _scatter_rows(flat, own, nbytes, room, root, world).tobytes()
     return [raw[start:stop] for start, stop in pairwise([0, *accumulate(mine.tolist())])]

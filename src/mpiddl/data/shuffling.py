@@ -14,7 +14,7 @@ from mpiddl.comm.world import World, current_world
 from mpiddl.data.agreement import refuse_different
 from mpiddl.data.permutation import Indices, Permutation
 from mpiddl.data.progress_bar import progress
-from mpiddl.data.rows import Rows, empty_rows, kind_of_rows, take
+from mpiddl.data.rows import Rows, kind_of_rows, room_for, take
 from mpiddl.data.together import raise_together
 from mpiddl.errors import DataError
 from mpiddl.overlap.arguments import new_channel, run
@@ -27,7 +27,11 @@ PIECE_BYTES = 4 << 20
 
 
 def shuffle(
-    *arrays: Any, seed: int = 0, epoch: int = 0, world: World | None = None
+    *arrays: Any,
+    seed: int = 0,
+    epoch: int = 0,
+    out: Any = None,
+    world: World | None = None,
 ) -> tuple[Any, ...]:
     """As many samples as this rank has, drawn from those of all ranks. Collective.
 
@@ -40,6 +44,8 @@ def shuffle(
             shape of a sample on all ranks: inputs and labels, say. They are left as they are.
         seed: Of the order; the same on every rank.
         epoch: Likewise.
+        out: Where to put them: contiguous arrays of the same kinds and lengths, one for each, to be
+            used again every epoch; default new ones.
         world: The ranks; default those of ``mpiddl.init()``.
 
     Returns:
@@ -49,18 +55,21 @@ def shuffle(
         ValueError: On every rank: arrays that do not fit together.
     """
     world = world or current_world()
-    problem, kinds = None, []
+    problem, kinds, results = None, [], []
     try:
         kinds = [kind_of_rows(array) for array in arrays]
         if not arrays or len({len(array) for array in arrays}) > 1:
             raise DataError("pass one or more arrays of one length")
-    except DataError as error:
+        given = [None] * len(arrays) if out is None else out if len(arrays) > 1 else [out]
+        results = [
+            room_for(len(arrays[0]), kind, own) for kind, own in zip(kinds, given, strict=True)
+        ]
+    except (DataError, ValueError) as error:
         problem = f"shuffle: {error}"
     raise_together(problem, world)
     facts = {"the samples": [list(kind) for kind in kinds], "seed": seed, "epoch": epoch}
     refuse_different("shuffle", facts, world)
     exchange = _Exchange(gather_json(len(arrays[0]), world=world), [seed, epoch], world)
-    results = [empty_rows(len(arrays[0]), kind) for kind in kinds]
     nbytes = sum(exchange.total * rows.shape[1] for _, rows in results)
     with progress(nbytes, "shuffle", world) as bar:
         for array, (_, rows) in zip(arrays, results, strict=True):
