@@ -110,6 +110,37 @@ def test_shuffle_follows_the_permutation(world, agree, lengths, piece, monkeypat
         agree(numpy.array_equal(inputs, before), "the input was changed")
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_shuffler_gives_what_shuffle_gives(world, agree, shared, monkeypatch):
+    """With memory that ranks share, and without."""
+    if not shared:
+        monkeypatch.setattr(world.windows, "allocate", lambda nbytes: None)
+    lengths = [500, 3, 0, 20_000][: world.size]
+    first, length = sum(lengths[: world.rank]), lengths[world.rank]
+    inputs = samples_of(first, length, numpy.int32)[:, ::-1]  # not contiguous
+    labels = torch.from_numpy(samples_of(first, length, shape=())).to(torch.bfloat16)
+    shuffler = mpiddl.data.Shuffler(inputs, labels, seed=5)
+    for epoch in (0, 3, 0):
+        want = mpiddl.data.shuffle(inputs, labels, seed=5, epoch=epoch)
+        got = shuffler.epoch(epoch)
+        agree(numpy.array_equal(got[0], want[0]) and torch.equal(got[1], want[1]), epoch)
+
+
+def test_shuffle_and_scatter_into_memory_that_is_there(world, agree):
+    samples, out = samples_of(10 * world.rank, 10), numpy.empty((10, 3), int)
+    (got,) = mpiddl.data.shuffle(samples, out=out)
+    agree(got is out and numpy.array_equal(out, mpiddl.data.shuffle(samples)[0]))
+    whole = samples_of(0, 10 * world.size)
+    got = mpiddl.data.scatter(whole if world.rank == 0 else None, out=out)
+    agree(got is out and numpy.array_equal(out, samples))
+    for bad in (numpy.empty((9, 3), int), numpy.empty((10, 3), "f4"), out[:, ::-1], [1]):
+        with pytest.raises(DataError, match=r"out must|expected a numpy array"):
+            mpiddl.data.shuffle(samples, out=bad)
+        with pytest.raises(DataError, match=r"out must|expected a numpy array"):
+            mpiddl.data.scatter(whole if world.rank == 0 else None, out=bad)
+    agree(True)
+
+
 def test_shuffle_refuses_what_differs(world, agree):
     with pytest.raises(DataError, match="one or more arrays of one length"):
         mpiddl.data.shuffle(numpy.zeros(3), numpy.zeros(4))

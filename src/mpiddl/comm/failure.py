@@ -28,7 +28,9 @@ __all__ = ["at_clean_exit", "install", "say_last"]
 LAST_WORDS_SECONDS = 0.2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
-_SHARED_MEMORY = re.compile(r"\s(/dev/shm/(?:mpich_shm_|sm_segment\.|vader_segment\.)\S*)$", re.M)
+_SHARED_MEMORY = re.compile(
+    r"\s(/dev/shm/(?:mpich_shm_|sm_segment\.|vader_segment\.|mpiddl-data-)\S*)$", re.M
+)
 
 _installed = False
 _exit_code: object = None  # what the sys.exit that ended the program was called with
@@ -157,9 +159,9 @@ class _Guard:
 
 
 def _remove_shared_memory_files() -> None:
-    """Unlink the MPI library's files in /dev/shm that this process has mapped.
+    """Unlink the files in /dev/shm of MPI libraries and of data sets that this process has mapped.
 
-    MPICH's abort leaves them behind, and so does Open MPI where no mpirun cleans up after it.
+    MPICH's abort leaves its own behind, and so does Open MPI where no mpirun cleans up after it.
     """
     with contextlib.suppress(OSError):
         mapped = set(_SHARED_MEMORY.findall(Path("/proc/self/maps").read_text()))

@@ -10,10 +10,11 @@ import numpy
 import torch
 
 from mpiddl.comm.world import World
+from mpiddl.data.together import raise_together
 from mpiddl.errors import DataError
 from mpiddl.overlap.calls import gather_json
 
-__all__ = ["checksum_of", "kind_of", "refuse_different"]
+__all__ = ["checksum_of", "kind_of", "refuse_different", "refuse_unlike_data"]
 
 
 def refuse_different(what: str, facts: Mapping[str, Any], world: World) -> None:
@@ -33,6 +34,34 @@ def refuse_different(what: str, facts: Mapping[str, Any], world: World) -> None:
                     f"{other[name]}; every rank must pass the same",
                     on_every_rank=True,
                 )
+
+
+def refuse_unlike_data(
+    dataset: Any, first: int, facts: Mapping[str, Any], options: Mapping[str, Any], world: World
+) -> None:
+    """As ``refuse_different``, for a data set and how it is dealt out. Collective.
+
+    Args:
+        dataset: None where only its length is known.
+        first: A sample that this rank can read.
+        facts: How it is dealt out; plain JSON.
+        options: Likewise; of arrays checksums are compared.
+        world: The ranks.
+    """
+    problem, kind = None, None
+    try:
+        if hasattr(dataset, "__getitem__"):
+            kind = kind_of(dataset[first])
+    except (OSError, ValueError, LookupError) as error:
+        problem = f"the first sample cannot be read: {error!r}"
+    raise_together(problem, world)
+    given = {name: value for name, value in options.items() if value is not None}
+    sums = {
+        name: checksum_of(value) if hasattr(value, "__len__") else value
+        for name, value in given.items()
+    }
+    samples = {"the kind of the samples": kind}
+    refuse_different("ShardBatchSampler", {**facts, **sums, **samples}, world)
 
 
 def checksum_of(values: Any) -> str:

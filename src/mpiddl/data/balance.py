@@ -128,7 +128,8 @@ class Balancer:
         mine = [max(self._busy, 0.0) / steps, self._samples / steps, self._batches.drawn]
         everyones = numpy.array(gather_json(mine, world=self._world))
         seconds, samples, drawn = everyones.T
-        shares = numpy.array(self._batches.shares)
+        ahead = int(drawn.max())  # ranks may have drawn differently far, but all go by this one
+        shares = numpy.array(self._batches.shares_at(ahead))
         self.rounds.append(
             {"step": self._steps, "shares": shares.tolist(), "seconds": seconds.tolist()}
         )
@@ -141,7 +142,7 @@ class Balancer:
         wanted = numpy.where(measured, speeds / speeds.sum() * known, shares)
         weights = (1 - self._smoothing) * shares + self._smoothing * wanted
         weights = numpy.maximum(weights, SMALLEST / len(weights))
-        self._batches.set_shares(weights.tolist(), int(drawn.max()))
+        self._batches.set_shares(weights.tolist(), ahead)
         return True
 
     def save(self, path: str | Path) -> None:

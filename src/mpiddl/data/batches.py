@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from mpiddl.comm.world import World, current_world
-from mpiddl.data.agreement import checksum_of, kind_of, refuse_different
+from mpiddl.data.agreement import refuse_unlike_data
 from mpiddl.data.collate import collate
 from mpiddl.data.samplers import EpochSampler
 from mpiddl.data.shardings import Sharding
@@ -95,7 +95,9 @@ class ShardBatchSampler(EpochSampler, Sampler[list[int]]):
         self.part_lengths: list[int] = []
         self._begin()
         if checks:
-            self._refuse_disagreement(world, options)
+            own = self.sharding.shard(self.rank, self.size)
+            first = int(own[0]) if isinstance(self.sharding, Owned) and len(own) else 0
+            refuse_unlike_data(self.dataset, first, self._facts(), options, world)
 
     def _refuse_useless(self, batch_size: int, sharding: str | Sharding | None) -> None:
         if batch_size < 1:
@@ -111,24 +113,6 @@ class ShardBatchSampler(EpochSampler, Sampler[list[int]]):
             raise DataError("shuffle=False: this sharding makes a random order")
         if isinstance(self.sharding, Weighted):
             shares_of(self.sharding.weights, self.size)
-
-    def _refuse_disagreement(self, world: World, options: Mapping[str, Any]) -> None:
-        problem, kind = None, None
-        try:
-            if self.dataset is not None and hasattr(self.dataset, "__getitem__"):
-                own = self.sharding.shard(self.rank, self.size)
-                first = own[0] if isinstance(self.sharding, Owned) and len(own) else 0
-                kind = kind_of(self.dataset[int(first)])
-        except (OSError, ValueError, LookupError) as error:
-            problem = f"the first sample cannot be read: {error!r}"
-        raise_together(problem, world)
-        facts = self._facts() | {
-            name: checksum_of(value) if hasattr(value, "__len__") else value
-            for name, value in options.items()
-            if value is not None
-        }
-        facts["the kind of the samples"] = kind
-        refuse_different("ShardBatchSampler", facts, world)
 
     def _facts(self) -> dict[str, Any]:
         return {
@@ -255,11 +239,15 @@ class ShardBatchSampler(EpochSampler, Sampler[list[int]]):
         counting = [shares for start, shares in self._shares if start <= step]
         return counting[-1] if counting else None
 
+    def shares_at(self, step: int) -> list[float]:
+        """Of each rank, in batch ``step`` as things are; they add up to 1."""
+        shares = self._shares_at(step)
+        return [1 / self.size] * self.size if shares is None else shares.tolist()
+
     @property
     def shares(self) -> list[float]:
-        """Of each rank, of what is drawn next; they add up to 1."""
-        shares = self._shares_at(self.drawn)
-        return [1 / self.size] * self.size if shares is None else shares.tolist()
+        """Of each rank, in what is drawn next here."""
+        return self.shares_at(self.drawn)
 
     # Going on later.
 

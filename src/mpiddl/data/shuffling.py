@@ -20,7 +20,7 @@ from mpiddl.errors import DataError
 from mpiddl.overlap.arguments import new_channel, run
 from mpiddl.overlap.calls import gather_json
 
-__all__ = ["shuffle"]
+__all__ = ["check_arrays", "shuffle"]
 
 PIECE_BYTES = 4 << 20
 """That a rank receives at a time: nothing is copied as a whole, and pieces stay in the cache."""
@@ -55,26 +55,42 @@ def shuffle(
         ValueError: On every rank: arrays that do not fit together.
     """
     world = world or current_world()
-    problem, kinds, results = None, [], []
-    try:
-        kinds = [kind_of_rows(array) for array in arrays]
-        if not arrays or len({len(array) for array in arrays}) > 1:
-            raise DataError("pass one or more arrays of one length")
-        given = [None] * len(arrays) if out is None else out if len(arrays) > 1 else [out]
-        results = [
-            room_for(len(arrays[0]), kind, own) for kind, own in zip(kinds, given, strict=True)
-        ]
-    except (DataError, ValueError) as error:
-        problem = f"shuffle: {error}"
-    raise_together(problem, world)
-    facts = {"the samples": [list(kind) for kind in kinds], "seed": seed, "epoch": epoch}
-    refuse_different("shuffle", facts, world)
+    results = check_arrays(arrays, [seed, epoch], world, out)
     exchange = _Exchange(gather_json(len(arrays[0]), world=world), [seed, epoch], world)
     nbytes = sum(exchange.total * rows.shape[1] for _, rows in results)
     with progress(nbytes, "shuffle", world) as bar:
         for array, (_, rows) in zip(arrays, results, strict=True):
             exchange.move(array, rows, bar)
     return tuple(result for result, _ in results)
+
+
+def check_arrays(
+    arrays: Sequence[Any], key: Sequence[int], world: World, out: Any = None
+) -> list[tuple[Any, Rows]]:
+    """Where results go, as they are and as rows. Collective.
+
+    Raises:
+        DataError: On every rank, if arrays do not fit together, or not to those of other ranks.
+    """
+    problem, kinds, results = None, [], []
+    try:
+        kinds = [kind_of_rows(array) for array in arrays]
+        if not arrays or len({len(array) for array in arrays}) > 1:
+            raise DataError("pass one or more arrays of one length")
+        given = [None] * len(arrays) if out is None else out if len(arrays) > 1 else [out]
+        if len(given) != len(arrays):
+            raise DataError("out must be one array for each that is shuffled")
+        pairs = zip(kinds, given, strict=True)
+        results = [room_for(len(arrays[0]), kind, own) for kind, own in pairs]
+    except DataError as error:
+        problem = f"shuffle: {error}"
+    raise_together(problem, world)
+    facts = {
+        "the samples": [list(kind) for kind in kinds],
+        **dict(zip(("seed", "epoch"), key, strict=False)),
+    }
+    refuse_different("shuffle", facts, world)
+    return results
 
 
 class _Exchange:
