@@ -8,6 +8,7 @@ import signal
 import subprocess
 import textwrap
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 import pytest
