@@ -12,7 +12,7 @@ import time
 from collections.abc import Generator, Iterable
 from typing import Protocol, TypeVar
 
-__all__ = ["ALREADY", "AllOf", "Already", "Pause", "Queue", "Wait", "Waits"]
+__all__ = ["ALREADY", "AllOf", "Already", "Pause", "Queue", "Wait", "Waits", "in_turn"]
 
 T = TypeVar("T")
 
@@ -84,6 +84,18 @@ class _Ticket:
 
     def done(self) -> bool:
         return self._queue.served == self._number
+
+
+def in_turn(queue: Queue, waits: Waits[T]) -> Waits[T]:
+    """``waits``, which begin when all have begun that came here before, whenever somebody asks."""
+    ticket = queue.ticket()
+
+    def begun() -> Waits[T]:
+        yield ticket
+        queue.leave()
+        return (yield from waits)
+
+    return begun()
 
 
 class Pause:

@@ -16,10 +16,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ranks"))
 
-from together import agree, pytest_configure, pytest_runtest_makereport  # noqa: F401
+from gpu_first import choose_gpu
 
-import mpiddl
-from mpiddl.devices.registry import device_at
+choose_gpu()
+from together import agree, pytest_configure, pytest_runtest_makereport  # noqa: E402, F401
+
+import mpiddl  # noqa: E402
+from mpiddl.devices.registry import device_at  # noqa: E402
 
 
 def why_not():

@@ -7,9 +7,11 @@ import functools
 import pytest
 import torch
 
+import mpiddl
 from mpiddl.collectives.reduction import DTYPES
 from mpiddl.devices.cuda.kernels import MOST_SOURCES
 from mpiddl.devices.host import HostDevice
+from mpiddl.measure.timing import wait_for
 
 OPS = ("sum", "prod", "min", "max")
 LENGTHS = (1, 7, 33, 1000, 4099, 70_001)
@@ -46,7 +48,7 @@ def same(got, want):
 
 
 def combined(gpu, op, sources, weights, targets):
-    gpu.take_over()
+    wait_for(gpu.settled())
     gpu.combine(op, sources, weights, targets)
     gpu.hand_back()
 
@@ -108,11 +110,11 @@ def test_scale_fold_and_copy(world, agree, gpu, dtype):
         _, theirs = there(other, world.device, 5)
         want = one.clone()
         HostDevice().fold("max", want, other, None)
-        gpu.take_over()
+        wait_for(gpu.settled())
         gpu.fold("max", mine, theirs, None)
         gpu.hand_back()
         agree(same(mine.cpu(), want), f"fold {length}")
-        gpu.take_over()
+        wait_for(gpu.settled())
         gpu.copy(theirs, mine)
         gpu.scale(mine, 0.0)
         gpu.hand_back()
@@ -121,8 +123,9 @@ def test_scale_fold_and_copy(world, agree, gpu, dtype):
 
 def test_an_address_beyond_32_bits(world, agree, gpu):
     """In the last elements of a large buffer, bytes and indices are beyond 2**31."""
-    if torch.cuda.mem_get_info()[0] < 8 << 30:
-        pytest.skip("needs 8 GiB of free GPU memory")
+    needed = 8 << 30  # of each rank that shares it
+    if min(mpiddl.gather_json(torch.cuda.mem_get_info()[0])) < needed * world.gpu_sharers:
+        pytest.skip("needs 8 GiB of free GPU memory for each rank")
     length = (1 << 31) + 5
     buffer = torch.ones(length, dtype=torch.uint8, device=world.device)
     combined(gpu, "sum", [buffer, buffer], None, [buffer])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 import torch
 from slow import CYCLES, written_late
@@ -97,6 +100,40 @@ def test_slow_gradients(world, agree, make, engine, bucket_size):
         agree(not found, f"step {step}: {found}")
         seen = zip(grads, model.parameters(), strict=True)
         agree(all(torch.equal(grad, p.grad) for grad, p in seen), f"step {step}: read too early")
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "ring"])
+def test_early_buckets_do_not_wait_for_late_gradients(world, agree, algorithm):
+    if world.size == 1:
+        pytest.skip("nobody to exchange with")
+    model = mpiddl.DataParallel(
+        OneStream(world), engine="inline", algorithm=algorithm, bucket_size=WIDTH * WIDTH * 8
+    )
+    for step in range(2):  # after which buckets stay as they are
+        model(inputs_of(world.rank, step, world)).backward()
+    model.zero_grad()
+    computed, early = torch.cuda.Event(), []
+
+    def watch():
+        works, until = model.reducer.scheduler.works, time.monotonic() + 10
+        while not works[0].complete and time.monotonic() < until:
+            time.sleep(1e-4)
+        early.append(works[0].complete and not computed.query())
+
+    watcher = threading.Thread(target=watch)
+
+    def slow_down(gradient):
+        torch.cuda._sleep(50 * CYCLES)  # some 300 ms
+        computed.record()
+        watcher.start()
+        return gradient
+
+    model.module.layers[0].weight.register_hook(slow_down)
+    model(inputs_of(world.rank, 2, world)).backward()
+    watcher.join()
+    agree(early == [True], "the first bucket waited for the last gradient")
+    found = wrong(model, OneStream, 2, world)
+    agree(not found, found)
 
 
 @pytest.mark.parametrize("overlaps", [False, True])

@@ -7,13 +7,13 @@ import torch
 from samples import buffer_of, expected
 
 import mpiddl
-from mpiddl.collectives.nccl import NCCL_DTYPES, nccl_problem
+from mpiddl.collectives.nccl import NCCL_DTYPES, nccl_missing, nccl_problem
 from mpiddl.errors import UnsupportedBufferError
 
 
 @pytest.fixture
 def nccl(world, gpu):
-    if (problem := nccl_problem(gpu, world)) is not None:
+    if problem := nccl_problem(gpu, world) or nccl_missing():
         pytest.skip(problem)
 
 

@@ -12,6 +12,7 @@ from slow import CYCLES, stream_after_this, written_late
 
 import mpiddl
 from mpiddl.collectives.choose import ALGORITHMS, choose
+from mpiddl.collectives.nccl import nccl_missing
 from mpiddl.errors import UnsupportedBufferError
 
 ROUNDS = 5
@@ -48,6 +49,8 @@ def usable(world, gpu, algorithm, where):
     """Skips what is refused."""
     if ALGORITHMS[algorithm].reach and where == "plain":
         pytest.skip("works on memory that is mapped")
+    if ALGORITHMS[algorithm].gpu and (problem := nccl_missing()):
+        pytest.skip(problem)
     try:
         choose(algorithm, torch.float32, 4, world, device=gpu, mapped=where == "window")
     except UnsupportedBufferError as error:
@@ -102,6 +105,24 @@ def test_one_after_the_other_without_waiting_in_between(world, agree):
         tensor.add_(world.rank)
     mean = (world.size - 1) / 2
     agree(torch.allclose(tensor, torch.full_like(tensor, 20 * mean + world.rank)), tensor[:3])
+
+
+def test_many_messages_of_one_tag_at_once(world, agree):
+    """The note of one must not come before what an earlier one carries."""
+    if world.size == 1:
+        pytest.skip("nobody to talk to")
+    right, left = (world.rank + 1) % world.size, (world.rank - 1) % world.size
+    lengths = (2_500_000, 7, 16, 30_000) * ROUNDS
+    mine = [torch.full((n,), float(world.rank + n), device=world.device) for n in lengths]
+    theirs = [torch.full((n,), -1.0, device=world.device) for n in lengths]
+    for tensor in mine:
+        written_late(tensor, CYCLES // 10)
+    works = [mpiddl.send(tensor, right, async_=True) for tensor in mine]
+    works += [mpiddl.recv(tensor, left, async_=True) for tensor in theirs]
+    for work in works:
+        work.wait()
+    right_ones = [bool((t == left + n).all()) for t, n in zip(theirs, lengths, strict=True)]
+    agree(all(right_ones), right_ones)
 
 
 def test_many_in_flight_whose_writers_are_late(world, agree):

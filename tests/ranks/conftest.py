@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from gpu_first import choose_gpu
 from standin import in_place_of_the_host
-from together import EVERYONE, agree, pytest_configure, pytest_runtest_makereport  # noqa: F401
 
 import mpiddl
 from mpiddl.collectives.choose import ALGORITHMS
-from mpiddl.collectives.nccl import nccl_problem
+from mpiddl.collectives.nccl import nccl_missing, nccl_problem
 from mpiddl.devices.registry import device_at
+
+if "--device cuda" in " ".join(sys.argv).replace("--device=", "--device "):
+    choose_gpu()
+from together import (
+    EVERYONE,
+    agree,  # noqa: F401
+    pytest_configure,  # noqa: F401
+    pytest_runtest_makereport,  # noqa: F401
+)
 
 TOP = Path(__file__).parents[2]
 
@@ -48,6 +58,15 @@ def world(request):
         torch.set_default_device(None)
 
 
+@pytest.fixture(scope="module", params=["device", "host"])
+def device(request, world):
+    """A stand-in for a GPU."""
+    if request.config.getoption("device") == "cuda":
+        pytest.skip("there is a GPU: tests/gpu has slow kernels")
+    with in_place_of_the_host(world, staging=request.param) as device:
+        yield device
+
+
 @pytest.fixture(scope="session")
 def gloo(world):
     """torch.distributed among the same ranks, for comparisons with it."""
@@ -75,7 +94,7 @@ def gpu_problem(config):
     if config.getoption("device") != "cuda":
         return "works on GPUs"
     world = world_of(config)
-    return nccl_problem(device_at(world.device), world)
+    return nccl_problem(device_at(world.device), world) or nccl_missing()
 
 
 def pytest_runtest_setup(item):

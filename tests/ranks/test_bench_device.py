@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import time
 from collections import Counter
 
 import pytest
@@ -16,7 +17,7 @@ from mpiddl.collectives.channel import Channel
 from mpiddl.comm.native import Native
 from mpiddl.devices.staging import Stage
 from mpiddl.errors import PeerError
-from mpiddl.measure import bandwidth, gpu_memory, memory
+from mpiddl.measure import bandwidth, gpu_memory, memory, overlap_candidates
 from mpiddl.measure.bandwidth import Plan, measure
 from mpiddl.measure.candidates import Buffers, Case, InProcess
 from mpiddl.measure.lineup import candidates, stagings_of
@@ -232,6 +233,19 @@ def test_what_was_asked_before_does_not_count(device, fresh):
         nothing = functools.partial(int)
         seconds = seconds_of(nothing, 1, nothing, fresh, lambda: wait_for(device.settled()))
     assert seconds < LATE
+
+
+def test_who_trains_alone_waits_for_the_last_gpu(world, agree, device):
+    """As long as others would: what backward takes is no communication."""
+    way = overlap_candidates._none("", overlap_candidates.Options(), world, torch.nn.Linear(2, 2))
+    runtime, stream = device.runtime, device.runtime.make_stream()
+    mpiddl.barrier()
+    began = time.perf_counter()
+    with runtime.calling_from(stream):
+        runtime.ask(stream, lambda: None, LATE if world.rank == 0 else 0.0)
+        way.exchange()
+    seconds = time.perf_counter() - began
+    agree(seconds >= LATE * 0.9, f"{seconds} s, and rank 0 computes for {LATE} s")
 
 
 def test_which_stagings_there_are(world, agree):

@@ -5,26 +5,20 @@ On a stand-in for a GPU, whose work is done by threads some time later.
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from cases import NAMES, Case
 from samples import buffer_of, expected
-from standin import in_place_of_the_host
 
 import mpiddl
+from mpiddl.collectives import nccl
 from mpiddl.collectives.choose import ALGORITHMS
 from mpiddl.errors import GpuMemoryError, UnsupportedBufferError
 
 SLOW = 0.003
 """Seconds; messages take less."""
-
-
-@pytest.fixture(scope="module", params=["device", "host"])
-def device(request, world):
-    if request.config.getoption("device") == "cuda":
-        pytest.skip("there is a GPU: tests/gpu has slow kernels")
-    with in_place_of_the_host(world, staging=request.param) as device:
-        yield device
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +104,25 @@ def test_large_messages_do_not_let_others_pass(world, agree, device):
     for work in works:
         work.wait()
     agree(all(bool((tensor == left).all()) for tensor in got), [tensor[:3] for tensor in got])
+
+
+def test_many_messages_of_one_tag_at_once(world, agree, device, stream):
+    """The note of one must not come before what an earlier one carries."""
+    if world.size == 1:
+        pytest.skip("nobody to talk to")
+    right, left = (world.rank + 1) % world.size, (world.rank - 1) % world.size
+    lengths = (2_500_000, 7, 16, 30_000)
+    mine = [torch.full((n,), float(world.rank + n)) for n in lengths]
+    theirs = [torch.full((n,), -1.0) for n in lengths]
+    for tensor in mine:
+        written_late(device.runtime, stream, tensor)
+    with device.runtime.calling_from(stream):
+        works = [mpiddl.send(tensor, right, async_=True) for tensor in mine]
+        works += [mpiddl.recv(tensor, left, async_=True) for tensor in theirs]
+        for work in works:
+            work.wait()
+    device.runtime.drain(stream)
+    agree(all(bool((t == left + n).all()) for t, n in zip(theirs, lengths, strict=True)), theirs)
 
 
 def test_one_after_the_other_without_waiting_in_between(world, agree, device, stream):
@@ -223,6 +236,46 @@ def test_gradients_are_brought_in_on_the_stream_that_ends_backward(world, agree,
     model.unwrap()
 
 
+@pytest.mark.parametrize("bucket_size", ["1MiB", "16KiB"])  # in one piece, and in several
+def test_gradients_outlive_their_streams_when_they_are_brought_in(
+    world, agree, device, monkeypatch, bucket_size
+):
+    """torch may give their memory away, to the stream on which they came: it must wait before."""
+    runtime = device.runtime
+    came, ends = runtime.make_stream(), runtime.make_stream()
+    order = []
+    layer = torch.nn.Linear(128, 128, bias=False)
+    layer.weight.register_post_accumulate_grad_hook(
+        lambda parameter: setattr(runtime, "_caller", came)
+    )
+    model = mpiddl.DataParallel(
+        layer, engine="after", bucket_size=bucket_size, broadcast_buffers=False
+    )
+    bring_in, fill = model.reducer.gradients.take, model.reducer.gradients.fill
+
+    def take(member):
+        runtime._caller = ends
+        order.append("take")
+        return bring_in(member)
+
+    def let_wait(stream, event, honestly=runtime.let_wait):
+        order.append(stream)
+        honestly(stream, event)
+
+    monkeypatch.setattr(model.reducer.gradients, "take", take)
+    monkeypatch.setattr(
+        model.reducer.gradients, "fill", lambda bucket: (order.append("full"), fill(bucket))
+    )
+    monkeypatch.setattr(runtime, "let_wait", let_wait)
+    try:
+        model(torch.full((2, 128), float(world.rank + 1))).sum().backward()
+    finally:
+        runtime._caller = 0
+    brought_in = order[order.index("take") + 1 : order.index("full")]
+    agree(brought_in == [ends, came], f"{order}: {ends} did not wait for {came}, or that for it")
+    model.unwrap()
+
+
 @pytest.mark.parametrize("count", [1, 16, 17, 40])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_more_ranks_than_a_kernel_takes(agree, device, count, weighted):
@@ -247,6 +300,23 @@ def test_no_memory_is_an_error_on_every_rank_that_says_how_much(world, agree, de
     finally:
         device.runtime._left += taken
     agree("MiB of float32" in str(error.value) and "buckets" in str(error.value), error.value)
+
+
+@pytest.mark.parametrize("wants", ["all_reduce", "DataParallel"])
+def test_nccl_that_one_rank_lacks_is_an_error_on_every_rank(
+    world, agree, device, monkeypatch, wants
+):
+    if world.size == 1:
+        pytest.skip("needs no NCCL")
+    missing = "has none" if world.rank == world.size - 1 else None
+    monkeypatch.setattr(nccl, "nccl_missing", lambda: missing)
+    wanting = {
+        "all_reduce": functools.partial(mpiddl.all_reduce, torch.ones(3)),
+        "DataParallel": functools.partial(mpiddl.DataParallel, torch.nn.Linear(2, 2)),
+    }
+    with world.split(0) as group, pytest.raises(UnsupportedBufferError) as error:
+        wanting[wants](algorithm="nccl", world=group)
+    agree(f"has none (rank {world.size - 1})" in str(error.value), error.value)
 
 
 def test_memory_that_cannot_be_mapped_still_works(world, agree, device, monkeypatch, caplog):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from mpiddl.comm import gpus
 from mpiddl.comm.gpus import choose_device, identity, report, sharing
 from mpiddl.comm.layout import Layout
 from mpiddl.devices.registry import device_of
@@ -44,11 +46,21 @@ def test_other_devices_are_refused():
 def test_the_rank_counts_round_the_visible_gpus(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(gpus, "use_gpu", chosen.append)
     names = [choose_device("cuda", local_rank) for local_rank in (0, 1, 2, 3, None)]
     assert names == ["cuda:0", "cuda:1", "cuda:0", "cuda:1", "cuda:0"]
     assert choose_device("cuda:1", 0) == "cuda:1"
     assert chosen == [0, 1, 0, 1, 0, 1]
+
+
+def test_a_gpu_in_use_has_a_context(monkeypatch):
+    """set_device alone makes none where the GPU is the present one."""
+    asked = []
+    stream = SimpleNamespace(synchronize=lambda: asked.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "set_device", asked.append)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: asked.append(index) or stream)
+    gpus.use_gpu(1)
+    assert asked == [1, 1, "synchronize"]
 
 
 def test_sharing_is_counted_within_a_node():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -91,6 +92,7 @@ class Gradients:
             arenas[spec.dtype].as_strided(spec.shape, spec.strides, offset)
             for spec, offset in zip(plan.parameters, plan.offsets, strict=True)
         ]
+        self._caller_of = [0] * len(parameters)  # the stream on which each gradient came
         self._buckets_of: list[list[Bucket]] = [[] for _ in parameters]
         self._pieces: list[list[slice]] = [[] for _ in parameters]
         for bucket, planned in zip(self.buckets, plan.buckets, strict=True):
@@ -112,7 +114,7 @@ class Gradients:
 
     def came(self, member: int) -> None:
         """A gradient is there, on the caller's stream; to be told where that matters."""
-        caller = self.device.caller()
+        self._caller_of[member] = caller = self.device.caller()
         for bucket in self._buckets_of[member]:
             bucket.callers.add(caller)
 
@@ -135,7 +137,8 @@ class Gradients:
                 gradient = gradient.detach()
             if len(self._pieces[member]) > 1 and gradient.stride() == view.stride():
                 return self._take_in_pieces(member, gradient)
-            view.copy_(gradient)
+            with self._after(member):
+                view.copy_(gradient)
             parameter.grad = view
         return self._buckets_of[member]
 
@@ -143,9 +146,14 @@ class Gradients:
         view = self.views[member]
         source, target = (t.as_strided((view.numel(),), (1,)) for t in (gradient, view))
         for bucket, piece in zip(self._buckets_of[member], self._pieces[member], strict=True):
-            target[piece].copy_(source[piece])
+            with self._after(member):
+                target[piece].copy_(source[piece])
             yield bucket
         self._parameters[member].grad = view
+
+    def _after(self, member: int) -> AbstractContextManager[object]:
+        """What is asked within comes after the gradient, and before its memory is given away."""
+        return self.device.after((self._caller_of[member],))
 
     def fill(self, bucket: Bucket) -> None:
         """Bring the small gradients of a bucket in, all of which are here.

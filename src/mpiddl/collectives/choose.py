@@ -49,7 +49,7 @@ class Algorithm:
     """One way to run an all-reduce.
 
     Attributes:
-        run: The generator function.
+        run: Makes the generator. Those of a library take their turn then.
         dtypes: What it can reduce.
         ordered: Every rank must start these collectives in the same order (a library runs
             them); the others may be started in any order.

@@ -13,13 +13,14 @@ flat ring whose neighbours are on different nodes every rank does.
 from __future__ import annotations
 
 from mpiddl.collectives.channel import Channel
+from mpiddl.collectives.lane import Lane
 from mpiddl.collectives.lanes import place_of
 from mpiddl.collectives.meeting import meet, pieces_of
 from mpiddl.collectives.reduction import Reduction
 from mpiddl.collectives.ring import ring_all_reduce
 from mpiddl.devices.base import Buffer, Device
 from mpiddl.segments import split
-from mpiddl.waits import Waits
+from mpiddl.waits import ALREADY, Wait, Waits
 
 __all__ = ["hierarchical_all_reduce"]
 
@@ -36,15 +37,30 @@ def hierarchical_all_reduce(
     Source: two-level all-reduce as in Jia et al., "Highly scalable deep learning training system
     with mixed-precision", arXiv:1807.11205, 2018.
     """
+    lane = channel.lane if channel.size > 1 and len(buffer) else None
+    # At once: ranks meet in the order of their calls, also where a GPU keeps one from beginning.
+    ticket = ALREADY if lane is None else lane.ticket()
+    return _in_lane(buffer, reduction, channel, device, chunk_bytes, lane, ticket)
+
+
+def _in_lane(
+    buffer: Buffer,
+    reduction: Reduction,
+    channel: Channel,
+    device: Device,
+    chunk_bytes: int,
+    lane: Lane | None,
+    ticket: Wait,
+) -> Waits[None]:
     if channel.size == 1:
         if reduction.weight is not None:
             device.scale(buffer, reduction.weight)
         return
     if not len(buffer):
         return
-    layout, lane = channel.layout, channel.lane
+    layout = channel.layout
     assert lane is not None
-    yield lane.ticket()
+    yield ticket
     yield device.fence()
     lane.note(place_of(lane.world, buffer, device), reduction.weight)
     yield lane.go()

@@ -26,19 +26,29 @@ def library_all_reduce(
     libraries; a generator cannot use it. How NaN takes part in min and max, and in
     which order sums are formed, is the MPI library's choice. ``chunk_bytes`` is not used.
     """
+    if not device.late:
+        return _on_host(buffer, reduction, channel)
+    # At once: ranks begin in the order of their calls, and what is waited for takes its time.
+    return _through_host(buffer, reduction, channel, device, channel.native.queue.ticket())
+
+
+def _on_host(buffer: Buffer, reduction: Reduction, channel: Channel) -> Waits[None]:
+    if reduction.weight is not None:
+        HOST.scale(buffer, reduction.weight)
+    yield _started(buffer, reduction.op, channel)
+
+
+def _through_host(
+    buffer: Buffer, reduction: Reduction, channel: Channel, device: Device, ticket: Wait
+) -> Waits[None]:
     if reduction.weight is not None:
         device.scale(buffer, reduction.weight)
-    if not device.late:
-        yield _started(buffer, reduction.op, channel)
-        return
-    queue = channel.native.queue
-    ticket = queue.ticket()  # at once: ranks begin in the same order, and copies take their time
     with HOST.scratch(len(buffer), buffer.dtype) as copy:
         device.copy(copy, buffer)
         yield device.fence()
         yield ticket
         reduced = _started(copy, reduction.op, channel)
-        queue.leave()
+        channel.native.queue.leave()
         yield reduced
         device.copy(buffer, copy)
         yield device.fence()

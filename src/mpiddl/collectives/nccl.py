@@ -16,14 +16,14 @@ from mpiddl.comm.world import World
 from mpiddl.devices.base import Buffer, Device
 from mpiddl.devices.cuda.device import CudaDevice
 from mpiddl.devices.cuda.streams import Events
-from mpiddl.errors import UnsupportedBufferError
-from mpiddl.waits import Wait, Waits
+from mpiddl.waits import ALREADY, Wait, Waits
 
 __all__ = [
     "NCCL_DTYPES",
     "has_communicator",
     "make_communicator",
     "nccl_all_reduce",
+    "nccl_missing",
     "nccl_problem",
 ]
 
@@ -48,10 +48,12 @@ class _Communicator:
 
 
 _communicators: WeakKeyDictionary[Native, _Communicator] = WeakKeyDictionary()
+_problems: WeakKeyDictionary[World, str] = WeakKeyDictionary()
+"""That ranks found out together."""
 
 
 def nccl_problem(device: Device, world: World) -> str | None:
-    """Why NCCL cannot be used, the same on every rank; None if it can."""
+    """Why NCCL cannot be used, as far as that is known, the same on every rank; None if it can."""
     if not device.late:
         return "algorithm 'nccl' works on GPU memory; see `mpiddl doctor` for the GPUs of this node"
     if world.gpu_sharers > 1:
@@ -59,6 +61,11 @@ def nccl_problem(device: Device, world: World) -> str | None:
             f"algorithm 'nccl' needs a GPU for each rank, and up to {world.gpu_sharers} ranks "
             "share one; start one rank per GPU, or leave the algorithm to mpiddl"
         )
+    return nccl_missing() if world.size == 1 else _problems.get(world)
+
+
+def nccl_missing() -> str | None:
+    """What this process lacks; None if it lacks nothing."""
     try:
         from cupy.cuda import nccl
     except ImportError:
@@ -69,7 +76,7 @@ def nccl_problem(device: Device, world: World) -> str | None:
 
 
 def has_communicator(native: Native) -> bool:
-    """Whether ``make_communicator`` has done its work."""
+    """Whether ``make_communicator`` has made one."""
     return native in _communicators
 
 
@@ -77,25 +84,34 @@ def make_communicator(native: Native, device: Device, world: World) -> None:
     """What the collectives on channels with ``native`` will use. Collective, at the first call; all
     ranks are there and nothing that others wait for is left to do.
 
-    Raises:
-        UnsupportedBufferError: On every rank, if NCCL fails on one.
+    Where a rank cannot, none gets one, and ``nccl_problem`` says why on all. But ncclCommInitRank
+    waits for all ranks itself: if it fails on one, others learn that when it gives up on them too.
     """
-    if has_communicator(native) or world.size == 1:
+    if has_communicator(native) or world.size == 1 or nccl_problem(device, world) is not None:
+        return
+    if _any_problem(nccl_missing(), world):
         return
     assert isinstance(device, CudaDevice)
     from cupy.cuda import nccl
 
     number = list(nccl.get_unique_id()) if world.rank == 0 else None
-    number, problem, known = exchange(world.comms[0], number)[0], None, None
+    number, problem = exchange(world.comms[0], number)[0], None
     try:
         with device.runtime.current():
-            known = nccl.NcclCommunicator(world.size, tuple(number), world.rank)
+            known = nccl.NcclCommunicator(world.size, bytes(number), world.rank)
     except nccl.NcclError as error:
-        problem = f"rank {world.rank}: {error}"
-    problems = [text for text in exchange(world.comms[0], problem) if text is not None]
-    if problems:
-        raise UnsupportedBufferError(f"NCCL could not be started: {problems[0]}")
-    _communicators[native] = _Communicator(device, nccl, known)
+        problem = f"NCCL could not be started: {error}"
+    if not _any_problem(problem, world):
+        _communicators[native] = _Communicator(device, nccl, known)
+
+
+def _any_problem(problem: str | None, world: World) -> bool:
+    """Whether some rank has one. Collective; from then on ``nccl_problem`` is that."""
+    for rank, text in enumerate(exchange(world.comms[0], problem)):
+        if text is not None:
+            _problems[world] = f"{text} (rank {rank})"
+            return True
+    return False
 
 
 def nccl_all_reduce(
@@ -107,14 +123,19 @@ def nccl_all_reduce(
     order sums are formed and where 16-bit floats are rounded is NCCL's choice. ``chunk_bytes`` is
     not used.
     """
+    # At once: ranks begin in the order of their calls, and what is waited for takes its time.
+    return _when_served(buffer, reduction, channel, device, channel.native.queue.ticket())
+
+
+def _when_served(
+    buffer: Buffer, reduction: Reduction, channel: Channel, device: Device, ticket: Wait
+) -> Waits[None]:
     if reduction.weight is not None:
         device.scale(buffer, reduction.weight)
-    if channel.size == 1 or not len(buffer):
-        return
-    queue = channel.native.queue
-    ticket = queue.ticket()  # at once: ranks begin in the same order, and a fence takes its time
     yield device.fence()
     yield ticket
-    reduced = _communicators[channel.native].all_reduce(buffer, reduction.op)
-    queue.leave()
+    reduced: Wait = ALREADY
+    if channel.size > 1 and len(buffer):
+        reduced = _communicators[channel.native].all_reduce(buffer, reduction.op)
+    channel.native.queue.leave()
     yield reduced

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 from weakref import WeakKeyDictionary
-
-import torch
 
 from mpiddl.collectives.channel import Channel
 from mpiddl.comm.world import World
 from mpiddl.devices.base import Buffer
 from mpiddl.devices.registry import device_of
 from mpiddl.errors import MismatchError
-from mpiddl.waits import AllOf, Queue, Waits
+from mpiddl.waits import AllOf, Queue, Wait, Waits
 
 __all__ = ["receive", "send"]
 
@@ -22,13 +21,20 @@ _written_by_others: list[Buffer] = []
 
 def send(buffer: Buffer, peer: int, channel: Channel) -> Waits[None]:
     """Send ``buffer`` to rank ``peer``."""
+    # At once: messages of one tag go in the order in which they were asked for.
     queue = _queue("send", peer, channel)
-    ticket = queue.ticket()
-    text = _describe(buffer).encode().ljust(NOTE_BYTES)
-    note = torch.tensor(list(text), dtype=torch.uint8, device="cpu")
-    yield device_of(buffer).fence()
+    return _send(buffer, peer, channel, queue, queue.ticket())
+
+
+def _send(buffer: Buffer, peer: int, channel: Channel, queue: Queue, ticket: Wait) -> Waits[None]:
+    device = device_of(buffer)
+    note = bytearray(_describe(buffer).encode().ljust(NOTE_BYTES))
+    yield device.fence()
     yield ticket
-    sent = AllOf([channel.send(note, peer), channel.send(buffer, peer)])
+    noted = channel.world.messages.send(*_memory(note), peer, channel.tag)
+    sent = AllOf([noted, channel.send(buffer, peer)])
+    if device.late:  # it may be posted piece by piece, and the next note would overtake it
+        yield sent
     queue.leave()
     yield sent
 
@@ -40,22 +46,39 @@ def receive(buffer: Buffer, peer: int, channel: Channel) -> Waits[None]:
         MismatchError: It sent another length or dtype.
     """
     queue = _queue("receive", peer, channel)
-    ticket = queue.ticket()
-    note = torch.zeros(NOTE_BYTES, dtype=torch.uint8, device="cpu")
-    yield device_of(buffer).fence()
+    return _receive(buffer, peer, channel, queue, queue.ticket())
+
+
+def _receive(
+    buffer: Buffer, peer: int, channel: Channel, queue: Queue, ticket: Wait
+) -> Waits[None]:
+    device = device_of(buffer)
+    note = bytearray(NOTE_BYTES)
+    yield device.fence()
     yield ticket
     # Both at once: a second receive of this tag may be started before the note is here.
-    noted, arrived = channel.receive(note, peer), channel.receive(buffer, peer)
-    queue.leave()
+    noted = channel.world.messages.receive(*_memory(note), peer, channel.tag)
+    arrived = channel.receive(buffer, peer)
+    if not device.late:  # else it may be posted piece by piece, as in ``send``
+        queue.leave()
     yield noted
-    sent = bytes(note.tolist()).decode().strip()
-    if sent != _describe(buffer):
+    sent = note.decode().strip()
+    fits = sent == _describe(buffer)
+    if fits:
+        yield arrived
+    if device.late:
+        queue.leave()
+    if not fits:
         _written_by_others.append(buffer)
         raise MismatchError(
             f"rank {peer} sent {sent}, rank {channel.rank} receives {_describe(buffer)}; pass a "
             "tensor of that dtype and number of elements, and match sends and receives by tag"
         )
-    yield arrived
+
+
+def _memory(note: bytearray) -> tuple[int, int]:
+    """Address and bytes, in host memory: it is posted at once, whatever carries the buffer."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(note)), len(note)
 
 
 _queues: WeakKeyDictionary[World, dict[tuple[str, int, int], Queue]] = WeakKeyDictionary()

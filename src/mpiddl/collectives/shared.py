@@ -21,7 +21,7 @@ from mpiddl.collectives.meeting import Weights, meet, pieces_of
 from mpiddl.collectives.reduction import Reduction
 from mpiddl.devices.base import Buffer, Device
 from mpiddl.segments import chunked, split
-from mpiddl.waits import Waits
+from mpiddl.waits import ALREADY, Wait, Waits
 
 __all__ = ["SMALL_BYTES", "finish", "shared_all_reduce", "show"]
 
@@ -39,13 +39,27 @@ def shared_all_reduce(
     Adds in rank order and rounds 16-bit floats once, so the bits depend neither on the place
     of a value in its buffer nor on where the buffer is. ``chunk_bytes`` is that of messages.
     """
+    lane = channel.lane if channel.size > 1 else None
+    # At once: ranks meet in the order of their calls, also where a GPU keeps one from beginning.
+    ticket = ALREADY if lane is None else lane.ticket()
+    return _in_lane(buffer, reduction, channel, device, chunk_bytes, lane, ticket)
+
+
+def _in_lane(
+    buffer: Buffer,
+    reduction: Reduction,
+    channel: Channel,
+    device: Device,
+    chunk_bytes: int,
+    lane: Lane | None,
+    ticket: Wait,
+) -> Waits[None]:
     if channel.size == 1:
         if reduction.weight is not None:
             device.scale(buffer, reduction.weight)
         return
-    lane = channel.lane
     assert lane is not None
-    yield lane.ticket()
+    yield ticket
     yield device.fence()
     lane.note(show(buffer, lane, device), reduction.weight)
     yield lane.go()

@@ -14,7 +14,7 @@ from mpiddl.log import logger
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["choose_device", "identity", "report", "sharing"]
+__all__ = ["choose_device", "identity", "report", "sharing", "use_gpu"]
 
 SIGNS = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidiactl"))
 """Of a driver: containers have the one or the other."""
@@ -49,8 +49,16 @@ def choose_device(wanted: str | torch.device | None, local_rank: int | None) -> 
         if torch.version.cuda is None:
             hint = "this torch was built without CUDA: install one with, or pass device='cpu'"
         raise ValueError(f"device {str(wanted)!r} does not exist: torch sees {count} GPUs; {hint}")
-    torch.cuda.set_device(index)  # also makes its context, which MPI may look for
+    use_gpu(index)
     return f"cuda:{index}"
+
+
+def use_gpu(index: int) -> None:
+    """A GPU becomes the calling thread's, with the context that MPI may look for."""
+    import torch
+
+    torch.cuda.set_device(index)  # makes none where it is the present one already: the first
+    torch.cuda.current_stream(index).synchronize()
 
 
 def identity(place: str) -> str | None:

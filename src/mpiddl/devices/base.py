@@ -40,7 +40,7 @@ class Device(Protocol):
     the other, but maybe long after they return, and MPI knows nothing of that. So a collective
     waits for a ``fence`` before it sends what one of them has written, and before it receives into
     what one of them still reads or writes. Memory belongs either to whoever calls a
-    collective, or, from ``take_over`` to ``hand_back``, to the collective.
+    collective, or, from when the caller has ``settled`` to ``hand_back``, to the collective.
 
     Attributes:
         late: Whether that is so; on the host all happens at once.
@@ -95,7 +95,7 @@ class Device(Protocol):
         ...
 
     def caller(self) -> int:
-        """The stream on which whoever calls works; a number that ``take_over`` understands."""
+        """The stream on which whoever calls works; a number that ``settled`` understands."""
         ...
 
     def after(self, callers: Iterable[int]) -> AbstractContextManager[object]:
@@ -103,9 +103,13 @@ class Device(Protocol):
         far, and before what they are asked from then on."""
         ...
 
-    def take_over(self, callers: Iterable[int] | None = None) -> None:
-        """What is asked of this device from now on comes after all that these streams have been
-        asked so far; None: that of whoever calls."""
+    def settled(self, callers: Iterable[int] | None = None) -> Wait:
+        """Done when all that these streams were asked so far has happened; None: that of whoever
+        calls.
+
+        A collective begins after that. It is the host that waits: a stream that did would hold up
+        whatever else is asked of this device, such as another bucket's sums.
+        """
         ...
 
     def hand_back(self) -> None:
@@ -115,11 +119,6 @@ class Device(Protocol):
 
     def stream(self) -> AbstractContextManager[object]:
         """What torch is asked within comes after all of the above, and before what follows."""
-        ...
-
-    def settled(self) -> Wait:
-        """Done when all that the caller's stream was asked so far has happened: for those who
-        measure time."""
         ...
 
     def mapped(self, world: World) -> MappedMemory:

@@ -129,17 +129,14 @@ class HostDevice:
     def after(self, callers: Iterable[int]) -> AbstractContextManager[object]:
         return nullcontext()
 
-    def take_over(self, callers: Iterable[int] | None = None) -> None:
-        pass
+    def settled(self, callers: Iterable[int] | None = None) -> Wait:
+        return ALREADY
 
     def hand_back(self) -> None:
         pass
 
     def stream(self) -> AbstractContextManager[object]:
         return nullcontext()
-
-    def settled(self) -> Wait:
-        return ALREADY
 
     def mapped(self, world: World) -> Windows:
         return world.windows

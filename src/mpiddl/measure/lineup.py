@@ -76,7 +76,9 @@ class _Own(InProcess):
     def bind(self, case: Case, source: torch.Tensor, target: torch.Tensor) -> Callable[[], Any]:
         op = case.op
         if case.collective == "all-reduce":
-            self._chosen(case)  # raises, if it cannot
+            chosen = self._chosen(case)  # raises, if it cannot
+            if chosen.algorithm.gpu:  # NCCL starts now, or cannot
+                mpiddl.all_reduce(source[:0], op, algorithm=self.name, world=self._world)
             algorithm = None if self.name == self._world.settings.algorithm else self.name
             return lambda: mpiddl.all_reduce(source, op, algorithm=algorithm)
         if case.collective == "broadcast":

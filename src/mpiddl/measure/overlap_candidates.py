@@ -12,10 +12,12 @@ from torch import nn
 
 import mpiddl
 from mpiddl.comm.world import World
+from mpiddl.devices.registry import device_at
 from mpiddl.errors import PeerError
 from mpiddl.measure.models import ModelSpec
 from mpiddl.measure.peers import Peer
 from mpiddl.measure.steps import LEARNING_RATE, Cost, Training, Way, sgd
+from mpiddl.measure.timing import wait_for
 from mpiddl.overlap.calls import all_reduce, barrier
 from mpiddl.training.data_parallel import DataParallel
 
@@ -154,7 +156,12 @@ def candidates(
 def _none(_engine: str, _options: Options, world: World, model: nn.Module) -> Way:
     """Each rank for itself; they wait for each other where others would exchange, so that
     waiting for a slower rank is not counted as communication."""
-    return Way(model, sgd(model), exchange=functools.partial(barrier, world=world))
+
+    def meet() -> None:
+        wait_for(device_at(world.device).settled())  # where backward really is over
+        barrier(world=world)
+
+    return Way(model, sgd(model), exchange=meet)
 
 
 def _after(_engine: str, _options: Options, world: World, model: nn.Module) -> Way:

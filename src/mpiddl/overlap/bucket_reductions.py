@@ -9,7 +9,7 @@ from mpiddl.collectives.channel import Channel
 from mpiddl.collectives.choose import ALGORITHMS, Chosen, choose
 from mpiddl.collectives.lane import Lane
 from mpiddl.collectives.lanes import is_mapped, kept_lanes
-from mpiddl.collectives.nccl import make_communicator, nccl_problem
+from mpiddl.collectives.nccl import make_communicator
 from mpiddl.collectives.reduction import Reduction
 from mpiddl.comm.messages import Credits
 from mpiddl.comm.native import Native
@@ -19,7 +19,7 @@ from mpiddl.devices.host import HOST
 from mpiddl.devices.registry import device_of
 from mpiddl.overlap.engine import engine_of
 from mpiddl.overlap.work import Label, Work
-from mpiddl.waits import Waits
+from mpiddl.waits import ALREADY, Queue, Wait, Waits, in_turn
 
 __all__ = ["BucketReductions"]
 
@@ -55,6 +55,7 @@ class BucketReductions:
         self._model = model
         self._engine = engine_of(world)
         self._credits = Credits(FURTHER_SENDS)
+        self._turns = Queue()  # of hooks that begin what a library runs
         self._native: Native | None = None
         self._tags: list[int] = []
         self._lanes: list[Lane] | list[None] = []
@@ -66,7 +67,6 @@ class BucketReductions:
 
         Raises:
             TagError: There are too many.
-            UnsupportedBufferError: NCCL is wanted and cannot be started.
         """
         more = count - len(self._tags)
         if more > 0:
@@ -75,7 +75,7 @@ class BucketReductions:
         names = {self._algorithm, *(choice.algorithm for choice in self.world.tuned)}
         if any(ALGORITHMS[name].ordered for name in names if name in ALGORITHMS):
             self._native = self.world.bucket_native
-        if "nccl" in names and nccl_problem(device, self.world) is None:
+        if "nccl" in names:
             make_communicator(self.world.bucket_native, device, self.world)
 
     def fit(self, buckets: Sequence[Bucket], device: Device) -> None:
@@ -95,12 +95,15 @@ class BucketReductions:
     def start(self, bucket: Bucket, weight: float | None) -> Work:
         """Start the all-reduce of ``bucket``, in which this rank's gradients weigh ``weight``."""
         self.world.check_open()
-        if self.device.late:  # this stream too: it may have brought gradients in at the end
-            self.device.take_over({*bucket.callers, self.device.caller()})
-        if self.hook is None:
-            waits = self.all_reduce(bucket.number, bucket.buffer, weight)
-        else:
+        after = self._written(bucket) if self.device.late else ALREADY
+        if self.hook is not None:
             waits = self.hook(bucket, 1.0 if weight is None else weight)
+            if self.ordered:
+                waits = in_turn(self._turns, waits)
+        elif self._alone:
+            waits = _nothing()
+        else:
+            waits = self.all_reduce(bucket.number, bucket.buffer, weight)
         # The parameters that backward reaches last are those that the next forward needs first. But
         # what a library runs must begin in the order in which it was submitted.
         return self._engine.submit(
@@ -109,7 +112,20 @@ class BucketReductions:
             priority=0 if self.ordered else bucket.number,
             threaded=self.threaded,
             label=Label(self._model, bucket.number, bucket.buffer.nbytes),
+            after=after,
         )
+
+    def _written(self, bucket: Bucket) -> Wait:
+        """Done when its gradients are there, whatever streams they came on."""
+        if self._alone:
+            return ALREADY
+        # This stream too: it may have brought gradients in at the end.
+        return self.device.settled({*bucket.callers, self.device.caller()})
+
+    @property
+    def _alone(self) -> bool:
+        """Gradients stay as they are: nobody needs to wait for a GPU."""
+        return self.world.size == 1 and self.hook is None
 
     def _in_line(self, number: int, waits: Waits[None]) -> Waits[None]:
         """While ``waits`` runs, buckets of lower numbers stand back."""
@@ -152,3 +168,7 @@ class BucketReductions:
         """Others may use the tags. Every rank does this at the same place in its program."""
         self.world.tags.give_back(self._tags)
         self._tags, self._lanes, self._channels = [], [], []
+
+
+def _nothing() -> Waits[None]:
+    yield from ()

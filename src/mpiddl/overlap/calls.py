@@ -109,7 +109,8 @@ def all_reduce(
         reduction = reduction_of(op, buffer.dtype, world.size, pre_scale)
         device = device_of(buffer)
         mapped = algorithm == "hierarchical" and is_mapped(buffer, device, world)
-        chosen = choose(algorithm, buffer.dtype, buffer.nbytes, world, device=device, mapped=mapped)
+        like = algorithm, buffer.dtype, buffer.nbytes, world
+        chosen = choose(*like, device=device, mapped=mapped)
     except (ValueError, TypeError) as error:
         problem = error
     check_call(
@@ -122,10 +123,11 @@ def all_reduce(
         world,
         check,
     )
-    lanes = foreground_of(world) if chosen.algorithm.lanes else None
     if chosen.algorithm.gpu and not has_communicator(world.native):
         run(world, barriers.barrier(new_channel(world)))  # who comes first helps others on
         make_communicator(world.native, device, world)
+        chosen = choose(*like, device=device, mapped=mapped)  # some rank may not have NCCL
+    lanes = foreground_of(world) if chosen.algorithm.lanes else None
     channel = new_channel(world, lanes)
     waits = chosen.run(buffer, reduction, channel, device)
     before = pre_scale if reduction.weight is None else None

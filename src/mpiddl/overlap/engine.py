@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import atexit
-import math
 import os
 import threading
 import time
 from bisect import insort
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 
 from mpiddl import progress
+from mpiddl.comm.gpus import use_gpu
 from mpiddl.comm.world import World
 from mpiddl.devices.base import Device
 from mpiddl.devices.host import HOST
@@ -48,7 +48,7 @@ class Engine:
         threaded: What works are that do not say.
         crowded: More ranks than cores: who waits leaves the core to others at once.
         torch_threads: Of the thread, for additions.
-        gpu: The thread's; None: none.
+        gpu: The thread's, as torch counts; None: none.
     """
 
     NUDGE_SECONDS = 100e-6
@@ -60,7 +60,7 @@ class Engine:
         threaded: bool = False,
         crowded: bool = False,
         torch_threads: int = 1,
-        gpu: torch.device | None = None,
+        gpu: int | None = None,
     ) -> None:
         self._gpu = gpu
         self._threaded = threaded
@@ -85,6 +85,7 @@ class Engine:
         threaded: bool | None = None,
         label: Label | None = None,
         device: Device = HOST,
+        after: Wait = ALREADY,
     ) -> Work:
         """Start a collective of ``world``.
 
@@ -96,10 +97,10 @@ class Engine:
             threaded: Whether the engine's thread polls it too; default on GPUs, where it may.
             label: Under which its end is recorded.
             device: Whose memory the caller leaves to it until ``wait()`` returns.
+            after: Where the caller has no device to tell: before that it does not begin.
         """
-        device.take_over()
         if device.late:
-            waits = _to_the_end(waits, device)
+            waits, after = _to_the_end(waits, device), device.settled()
         if threaded is None:  # a GPU's first message goes after a fence: somebody must come by
             may = world.settings.engine != "inline" and world.allows_threads
             threaded = self._threaded or (device.late and may)
@@ -108,6 +109,7 @@ class Engine:
             waits,
             world,
             result,
+            after,
             priority=priority,
             threaded=threaded,
             label=label,
@@ -125,13 +127,11 @@ class Engine:
 
         ``device`` is whose memory the caller leaves to it.
         """
-        device.take_over()
-        result = self._run(waits, world)
+        result = self._run(waits, world, device.settled())
         device.hand_back()
         return result
 
-    def _run(self, waits: Waits[Any], world: World) -> Any:
-        wait: Wait = ALREADY
+    def _run(self, waits: Waits[Any], world: World, wait: Wait) -> Any:
         if self.enter():  # nothing else to help on: no need for a Work, which costs microseconds
             try:
                 looks = 0
@@ -176,14 +176,13 @@ class Engine:
             finally:
                 self._lock.release()
 
-    def drive(self, works: Collection[Work], seconds: float = math.inf) -> None:
-        """Help everything in flight on until all of ``works`` are complete, or time is up."""
+    def drive(self, works: Collection[Work], enough: Callable[[], bool] = lambda: False) -> None:
+        """Help everything in flight on until all of ``works`` are complete, or it is ``enough``."""
         pause = Pause(self._crowded)
-        until = time.monotonic() + seconds
         self._drivers.append(None)
         try:
             with progress.waiting():
-                while not all(work.complete for work in works) and time.monotonic() < until:
+                while not (all(work.complete for work in works) or enough()):
                     with self._lock:  # for one round: other threads wait for works of theirs
                         moved = self._round()
                     if moved:
@@ -251,7 +250,7 @@ class Engine:
         # Each thread that calls torch gets an OpenMP pool of its own; this one only adds.
         torch.set_num_threads(self._torch_threads)
         if self._gpu is not None:  # MPI looks for the GPU of the thread that calls it
-            torch.cuda.set_device(self._gpu)
+            use_gpu(self._gpu)
         # A user's buffer may have been made in inference mode, and autograd has no part in this.
         with torch.inference_mode():
             self._poll_until_stopped()
@@ -303,7 +302,7 @@ def engine_of(world: World) -> Engine:
             threaded=may_thread(world) and world.settings.engine == "thread",
             crowded=world.layout.crowded,
             torch_threads=world.settings.engine_threads,
-            gpu=world.device if world.on_gpu else None,
+            gpu=world.device.index if world.on_gpu else None,
         )
         watchdog.start(world)
         atexit.register(_engine.stop)  # before MPI's own finalizer

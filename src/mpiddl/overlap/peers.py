@@ -48,7 +48,7 @@ def send(
     each other first, and receive then, wait for ever; use ``async_``.
 
     Args:
-        tensor: A contiguous CPU tensor or numpy array of any dtype.
+        tensor: A contiguous torch tensor (CPU or GPU), numpy or CuPy array of any dtype.
         peer: Another rank.
         tag: 0 to 255, tells messages apart.
         async_: Return a ``Work`` at once; ``tensor`` must be left alone until its ``wait()``

@@ -39,7 +39,8 @@ class Scheduler:
         backwards: Those begun so far.
         arrived: Parameters in the order in which their gradients came in this backward.
         works: Of each bucket, in this backward; None before it is started.
-        seconds: That ``ready`` has taken in this backward.
+        late: Whether the host runs ahead of the gradients.
+        seconds: That ``ready`` has taken in this backward; of a host that runs ahead none.
         exposed: Seconds that ``wait`` has spent on each bucket so far.
     """
 
@@ -54,6 +55,7 @@ class Scheduler:
         backwards: int = 0,
     ) -> None:
         self.backwards = backwards
+        self.late = gradients.device.late
         self._gradients = gradients
         self._buckets = gradients.buckets
         self._names = names
@@ -79,7 +81,8 @@ class Scheduler:
         """
         # Where all ranks met the same error all have sent the same buckets, and they complete.
         works = [work for work in self.works if work is not None]
-        self._engine.drive(works, LEFT_OVER_SECONDS)
+        until = time.monotonic() + LEFT_OVER_SECONDS
+        self._engine.drive(works, lambda: time.monotonic() > until)
         if not all(work.complete for work in works):
             raise GradientError(
                 "an earlier backward of this model raised while buckets were in flight, and other "
@@ -110,7 +113,7 @@ class Scheduler:
         self.arrived.append(member)
         if recorder.tracing:
             record(Kind.GRADIENT, self._model, member)
-        if self._gradients.device.late:
+        if self.late:
             self._gradients.came(member)
         if self._holds_back:
             self._held.append(member)
@@ -122,7 +125,8 @@ class Scheduler:
         began = time.perf_counter()
         self._launch(member, self._gradients.take(member), start)
         self._engine.nudge()
-        self.seconds += time.perf_counter() - began
+        if not self.late:
+            self.seconds += time.perf_counter() - began
 
     def no_more(self, start: Start) -> None:
         """Backward is over on this rank: start what was held back."""
@@ -135,7 +139,7 @@ class Scheduler:
         """This rank has no gradients for ``members``: take part in their buckets all the same."""
         for member in members:
             self._came[member] = True
-            if self._gradients.device.late:
+            if self.late:
                 self._gradients.came(member)
             self._launch(member, self._gradients.take_nothing(member), start)
 
@@ -172,6 +176,13 @@ class Scheduler:
         """Whether ``wait`` for these buckets would return at once."""
         works = (self.works[bucket.number] for bucket in buckets)
         return all(work is None or work.complete for work in works)
+
+    def outlast(self, buckets: Collection[Bucket] | None = None) -> None:
+        """Until these buckets, or all, are complete, or the caller's GPU has done all that it was
+        asked so far: what ``wait`` takes after that nothing hides."""
+        found = (self.works[b.number] for b in (self._buckets if buckets is None else buckets))
+        works = [work for work in found if work is not None]
+        self._engine.drive(works, self._gradients.device.settled().done)
 
     def wait(self, buckets: Collection[Bucket] | None = None) -> None:
         """Wait for these buckets, or all."""

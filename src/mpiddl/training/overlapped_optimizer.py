@@ -230,8 +230,7 @@ class OverlappedOptimizer(torch.optim.Optimizer):
         """Wait for the gradients of one unit, and update its parameters if that is due."""
         del self._pending[unit]
         reducer, units = self._reducer, self._units
-        with reducer.accounts.exposed():
-            reducer.scheduler.wait(units.buckets[unit])
+        reducer.accounts.wait(reducer.scheduler, units.buckets[unit])
         untouched = set(reducer.unused.untouched)
         for member in units.members[unit]:
             parameter = reducer.parameters[member]

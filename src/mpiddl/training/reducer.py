@@ -276,7 +276,7 @@ class Reducer:
 
     def wait(self) -> None:
         """Wait for everything that the last backward left in flight."""
-        self.scheduler.wait()
+        self.accounts.wait(self.scheduler)
         self.unused.restore()
         self.wait_for_buffers()
 

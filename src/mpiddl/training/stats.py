@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +24,8 @@ class BucketStats:
         nbytes: Of its gradients.
         parameters: Names of the parameters whose gradients are in it, whole or in part.
         exchanges: So far.
-        in_flight_seconds: From launch to completion, in all exchanges.
+        in_flight_seconds: From launch to completion, in all exchanges. On a GPU the launch is
+            before the gradients are there.
         exposed_seconds: What the main thread waited for it, in all exchanges.
     """
 
@@ -42,10 +43,12 @@ class Stats:
     Attributes:
         backwards: Backward passes whose gradients were reduced.
         reduced_bytes: Gradient bytes that went through the all-reduce.
-        compute_seconds: Of forwards in training and backwards, without the exposed time.
+        compute_seconds: Of forwards in training and backwards, without the exposed time. On a GPU
+            with what the host waited for it at the end of backward.
         communication_seconds: The times of all buckets in flight, which overlap each other, added.
         exposed_seconds: In which the main thread did communication or waited for it, gradient
-            hooks included: what the computation did not hide.
+            hooks included: what the computation did not hide. On a GPU, which computes on
+            meanwhile, without the hooks.
         buckets: Of the present plan.
     """
 
@@ -67,12 +70,14 @@ class Accounts:
     def __init__(self) -> None:
         self.stats = Stats()
         self._since: float | None = None  # backward's begin, by ``clock``
+        self._outlasted = 0.0  # seconds, counted as computation already
         self._exposes = False
         self._counted = True
 
     def clock(self) -> float:
-        """Seconds by a clock that stands still while time is exposed."""
-        return time.perf_counter() - self.stats.exposed_seconds
+        """Seconds by a clock that stands still while time is exposed, or the host waits for what
+        a GPU computes."""
+        return time.perf_counter() - self.stats.exposed_seconds - self._outlasted
 
     @contextmanager
     def exposed(self) -> Iterator[None]:
@@ -80,12 +85,23 @@ class Accounts:
         if self._exposes:
             yield
             return
-        self._exposes, began = True, time.perf_counter()
+        self._exposes, began = True, self.clock()
         try:
             yield
         finally:
             self._exposes = False
-            self.stats.exposed_seconds += time.perf_counter() - began
+            self.stats.exposed_seconds += self.clock() - began
+
+    def wait(self, scheduler: Scheduler, buckets: Collection[Bucket] | None = None) -> None:
+        """Wait for these buckets, or all. It is exposed, but for what a GPU still computes."""
+        with self.exposed():
+            if scheduler.late:
+                began = time.perf_counter()
+                scheduler.outlast(buckets)
+                seconds = time.perf_counter() - began
+                self._outlasted += seconds
+                self.stats.compute_seconds += seconds
+            scheduler.wait(buckets)
 
     def forward_ended(self, output: Any, began: float) -> None:
         """A forward that is trained has run since ``began``; its backward will count too."""

@@ -16,7 +16,7 @@ from mpiddl.devices.cuda.memory import CudaWindows
 from mpiddl.devices.cuda.runtime import Runtime
 from mpiddl.devices.cuda.streams import Event, Events
 from mpiddl.devices.staging import PIECE_BYTES, Stage, StagedMessages
-from mpiddl.waits import ALREADY, Wait
+from mpiddl.waits import ALREADY, AllOf, Wait
 
 __all__ = ["CudaDevice"]
 
@@ -25,7 +25,7 @@ class CudaDevice:
     """One GPU.
 
     What is asked of it is carried out in order on one stream of high priority, some time after
-    the call has returned. Thread-safe where a user's thread meets the engine's: ``take_over`` and
+    the call has returned. Thread-safe where a user's thread meets the engine's: ``settled`` and
     ``hand_back`` may be called while another thread drives collectives.
 
     Args:
@@ -167,18 +167,14 @@ class CudaDevice:
         for stream in others:  # torch may give them the memory that was read
             self._events.after(own).hold_up(stream)
 
-    def take_over(self, callers: Iterable[int] | None = None) -> None:
-        for stream in self.runtime.callers() if callers is None else callers:
-            self._events.after(stream).hold_up(self._stream)
-        self._asked = True
+    def settled(self, callers: Iterable[int] | None = None) -> Wait:
+        streams = self.runtime.callers() if callers is None else callers
+        return AllOf(self._events.after(stream) for stream in streams)
 
     def hand_back(self) -> None:
         done: Event = self._events.after(self._stream)
         for stream in self.runtime.callers():
             done.hold_up(stream)
-
-    def settled(self) -> Wait:
-        return self._events.after(self.runtime.caller())
 
     @contextmanager
     def stream(self) -> Iterator[None]:

@@ -97,7 +97,7 @@ class CudaRuntime:
         return int(torch.cuda.current_stream(self.index).cuda_stream)
 
     def callers(self) -> Sequence[int]:
-        torchs, cupys = self.caller(), int(self._cuda.get_current_stream().ptr)
+        torchs, cupys = self.caller(), int(self._cuda.get_current_stream(self.index).ptr)
         return (torchs,) if cupys == torchs else (torchs, cupys)
 
     def on_stream(self, stream: int) -> AbstractContextManager[object]:
