@@ -104,6 +104,9 @@ def moving(world: mpiddl.World) -> list[dict[str, Any]]:
         small = samples[: count // world.size]
         candidates = {
             "alltoall": lambda a=samples, b=received: MPI.COMM_WORLD.Alltoall(a, b),
+            "gather": functools.partial(  # random samples of one's own: what order alone costs
+                numpy.take, samples, random.permutation(count), axis=0, out=received, mode="clip"
+            ),
             "shuffler": functools.partial(mpiddl.data.Shuffler(samples).epoch, 1),
             "shuffle": lambda a=samples, b=received: mpiddl.data.shuffle(a, out=b),
             "alltoall/n": lambda a=small, b=scattered: MPI.COMM_WORLD.Alltoall(a, b),

@@ -23,8 +23,8 @@ from mpiddl.overlap.calls import broadcast_json
 
 __all__ = ["scatter"]
 
-PIECE_BYTES = 8 << 20
-"""For one rank at a time: no message is larger, and nothing is copied as a whole."""
+PIECE_BYTES = 64 << 20
+"""For all ranks together: nothing is copied as a whole."""
 
 
 def scatter(
@@ -98,7 +98,7 @@ def _scatter_rows(
     world: World,
 ) -> Any:
     result, rows = room
-    most = max(1, PIECE_BYTES // max(1, rows.shape[1]))  # samples in a piece
+    most = max(1, PIECE_BYTES // world.size // max(1, rows.shape[1]))  # samples of a rank at a time
     fill = take(samples) if world.rank == root else None
     whole = as_rows(samples) if world.rank == root else None
     rooms: dict[int, Rows] = {}
