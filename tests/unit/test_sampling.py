@@ -176,6 +176,22 @@ def test_ranks_that_keep_to_their_own(kind, shuffle):
         assert max(sizes) <= 20 + len(samplers)
 
 
+@pytest.mark.parametrize("kind", ["contiguous", "strided", "hash", "grouped"])
+def test_a_rank_visits_its_own_in_another_order_every_epoch(kind):
+    orders = []
+    for epoch in range(3):
+        sampler = samplers_of(kind, 90, 3, batch_size=30, seed=5)[1]
+        sampler.set_epoch(epoch)
+        orders.append(sum(sampler, []))
+    assert len({tuple(order) for order in orders}) == 3
+    assert len({tuple(sorted(order)) for order in orders}) == 1
+
+
+def test_ranks_take_turns_in_taking_one_more():
+    sampler = samplers_of("contiguous", 40, 4, batch_size=16)[0]
+    assert [sampler.total_at(step) for step in range(3)] == [13, 13, 14]
+
+
 def test_state_is_refused_where_it_does_not_fit():
     state = ShardBatchSampler(50, place(0, 1), batch_size=5, seed=1).state_dict()
     for options, words in (

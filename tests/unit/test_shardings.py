@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mpiddl.data.shardings import SHARDINGS, sharding
 from mpiddl.data.shardings.base import Ordered, Owned
-from mpiddl.data.shardings.hashed import hashes_of
+from mpiddl.data.shardings.hashed import _owners, _range_of, hashes_of
 from mpiddl.errors import DataError
 
 EXACT = sorted(set(SHARDINGS) - {"balanced"})
@@ -105,6 +105,16 @@ def test_a_key_has_one_rank_wherever_its_sample_is():
     assert owners[4] == owners[5]
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 48])
+def test_every_hash_is_in_the_range_of_its_owner(size):
+    ranges = [_range_of(rank, size) for rank in range(size)]
+    borders = numpy.array([int(low) for low, _ in ranges], dtype=numpy.uint32)
+    hashes = numpy.concatenate([borders, borders - numpy.uint32(1), borders + numpy.uint32(1)])
+    for rank, (low, extent) in enumerate(ranges):
+        inside = hashes - low <= extent
+        assert numpy.array_equal(inside, _owners(hashes, size) == rank)
+
+
 def test_hashes_are_even_and_a_seed_changes_them():
     for keys in (numpy.arange(100_000), numpy.arange(100_000) << 33, numpy.arange(100_000) * 1024):
         counts = numpy.bincount(hashes_of(keys, NOBODY) >> numpy.uint32(27), minlength=32)
@@ -176,6 +186,15 @@ def test_uneven_shares_of_a_stratified_batch(labels, size):
         assert sorted(numpy.concatenate(parts).tolist()) == sorted(whole[0].tolist())
 
 
+def test_uneven_parts_have_the_mix_of_their_batch():
+    labels = numpy.repeat([0, 1], 100)
+    batches = sharding("stratified", 200, labels=labels).batches(0, 20, False)
+    for step in range(len(batches)):
+        for rank in range(3):
+            part = batches.part(step, rank, 3, numpy.array([0.2, 0.5, 0.3]))
+            assert abs(2 * labels[part].sum() - len(part)) <= 1
+
+
 # Weighted, balanced, grouped.
 
 
@@ -228,6 +247,19 @@ def test_resampling_balances_every_batch(counts, batch_size):
         assert of_class.max() - of_class.min() <= 1
     assert sum(len(batch) for batch in drawn) == len(labels)
     assert len(sharding("balanced", len(labels), labels=labels, draws=500).shard(0, 1)) == 500
+
+
+def test_each_round_through_a_rare_class_has_its_own_order():
+    labels = numpy.repeat(["often", "rare"], [100, 8])
+    drawn = sharding("balanced", 108, labels=labels, draws=160).shard(0, 1)
+    rounds = drawn[labels[drawn] == "rare"].reshape(10, 8)
+    assert all(sorted(each) == list(range(100, 108)) for each in rounds.tolist())
+    assert len({tuple(each) for each in rounds.tolist()}) == 10
+
+
+def test_large_groups_are_placed_first():
+    groups = [0, 1, 2, 3, *[4] * 4]
+    assert [len(part) for part in shards_of("grouped", 8, 2, groups=groups)] == [4, 4]
 
 
 @given(

@@ -50,11 +50,11 @@ class Hashed:
         room = min(self.length, int(expected + 6 * expected**0.5) + 64)
         result = numpy.empty(room, dtype=numpy.int64)  # what is not used is never touched
         filled = 0
-        low, width = _range_of(rank, size)
+        low, extent = _range_of(rank, size)
         for start in range(0, self.length, PIECE):
             hashes = self._hashes(start, min(start + PIECE, self.length))
             hashes -= low
-            mine = numpy.flatnonzero(hashes < width)
+            mine = numpy.flatnonzero(hashes <= extent)
             mine += start
             if filled + len(mine) > len(result):  # few keys for many samples
                 more = numpy.empty(len(result) + len(mine), dtype=numpy.int64)
@@ -108,9 +108,9 @@ def _finish(numbers: NDArray[numpy.uint32], salt: numpy.uint32) -> NDArray[numpy
 
 
 def _range_of(rank: int, size: int) -> tuple[numpy.uint32, numpy.uint32]:
-    """The hashes that are ``rank``'s: the first of them and their number."""
+    """The hashes that are ``rank``'s: the first of them, and how far the last one is from it."""
     low, high = -(-(rank << 32) // size), -(-((rank + 1) << 32) // size)
-    return numpy.uint32(low), numpy.uint32(min(high - low, (1 << 32) - 1))
+    return numpy.uint32(low), numpy.uint32(high - low - 1)
 
 
 def _owners(hashes: NDArray[numpy.uint32], size: int) -> Indices:
