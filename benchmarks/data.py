@@ -218,7 +218,7 @@ def balancing(world: mpiddl.World) -> list[dict[str, Any]]:
             "even_ms": even * 1e3,
             "balanced_ms": balanced * 1e3,
             "ideal_ms": ideal * 1e3,
-            "shares": batches.shares,
+            "shares": batches.shares_at(batches.drawn),
             "speed_up": even / balanced,
             "ideal_speed_up": even / ideal,
             "recovered": (even / balanced - 1) / (even / ideal - 1),

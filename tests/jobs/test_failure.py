@@ -279,3 +279,10 @@ def test_a_rank_that_leaves_first_still_does_its_part(start):
         """,
     )
     assert (job.status, job.out.split()) == (0, ["saved"]), job.both
+
+
+def test_what_all_ranks_meet_is_said_once(start):
+    job = start(3, "import mpiddl\nmpiddl.ShardBatchSampler(1, mpiddl.init(), batch_size=4)\n")
+    assert job.status != 0
+    assert job.both.count("1 samples for 3 ranks") == 1, job.both
+    assert job.seconds < 60

@@ -7,9 +7,11 @@ import json
 import numpy
 import pytest
 import torch
+from together import EVERYONE
 
 import mpiddl
 from mpiddl.data.permutation import Permutation
+from mpiddl.data.shardings import sharding
 from mpiddl.errors import DataError
 
 pytestmark = pytest.mark.host
@@ -141,6 +143,34 @@ def test_shuffle_and_scatter_into_memory_that_is_there(world, agree):
     agree(True)
 
 
+def test_memory_that_would_be_overwritten_is_refused(world, agree):
+    samples, tensor = numpy.zeros((10, 3)), torch.zeros(10)
+    with pytest.raises(DataError, match="shares memory"):
+        mpiddl.data.shuffle(samples, out=samples)
+    with pytest.raises(DataError, match="shares memory"):
+        mpiddl.data.shuffle(samples, tensor, out=(numpy.zeros((10, 3)), tensor))
+    with pytest.raises(DataError, match="shares memory"):
+        mpiddl.data.scatter(tensor if world.rank == 0 else None, out=tensor[: -(-10 // world.size)])
+    with pytest.raises(DataError, match="one array for each"):
+        mpiddl.data.shuffle(samples, tensor, out=numpy.zeros((10, 3)))
+    (got,) = mpiddl.data.shuffle(tensor, out=(torch.ones(10),))
+    agree(torch.equal(got, tensor))
+
+
+def test_a_sharding_for_other_samples_is_refused(world, agree):
+    samples = numpy.arange(10) if world.rank == 0 else None
+    for length in (6, 12):
+        with pytest.raises(DataError, match=f"made for {length} samples, the data set has 10"):
+            mpiddl.data.scatter(samples, sharding=sharding("strided", length))
+    if world.size > 1:
+        with pytest.raises(DataError, match="root"):
+            mpiddl.data.scatter(None, world.rank)
+        shuffler = mpiddl.data.Shuffler(numpy.arange(10))
+        with pytest.raises(DataError, match="do not agree on epoch"):
+            shuffler.epoch(world.rank)
+    agree(True)
+
+
 def test_shuffle_refuses_what_differs(world, agree):
     with pytest.raises(DataError, match="one or more arrays of one length"):
         mpiddl.data.shuffle(numpy.zeros(3), numpy.zeros(4))
@@ -158,6 +188,9 @@ def test_shuffle_refuses_what_differs(world, agree):
 # What the batch sampler compares between ranks.
 
 
+WEIGHTS = [1.0 + rank for rank in range(EVERYONE.Get_size())]
+
+
 @pytest.mark.parametrize(
     ("first", "last", "words"),
     [
@@ -165,6 +198,26 @@ def test_shuffle_refuses_what_differs(world, agree):
         ({"batch_size": 4}, {"batch_size": 5}, "batch_size: rank 0 has 4"),
         ({"seed": 0}, {"seed": 1}, "seed: rank 0 has 0"),
         ({"sharding": "random"}, {"sharding": "strided"}, "sharding: rank 0 has Random"),
+        (
+            {"sharding": sharding("random", 10, seed=1)},
+            {"sharding": sharding("random", 10, seed=2)},
+            "sharding's seed: rank 0 has 1",
+        ),
+        (
+            {"sharding": "hash"},
+            {"sharding": "hash", "keys": list(range(10))},
+            "sharding's keys: rank 0 has none",
+        ),
+        (
+            {"sharding": "weighted", "weights": WEIGHTS},
+            {"sharding": "weighted", "weights": WEIGHTS[::-1]},
+            "do not agree on weights",
+        ),
+        (
+            {"sharding": "grouped", "groups": list(range(10))},
+            {"sharding": "grouped", "groups": [0] * 10},
+            "sharding's groups: rank 0 has",
+        ),
         (
             {"sharding": "stratified", "labels": [0, 1] * 5},
             {"sharding": "stratified", "labels": [1, 0] * 5},
@@ -193,7 +246,7 @@ def test_ranks_that_differ_meet_one_error(world, agree, first, last, words):
 def test_a_first_sample_that_cannot_be_read(world, agree):
     class Broken(list):
         def __getitem__(self, index):
-            raise OSError("the disk is gone")
+            raise RuntimeError("the disk is gone")
 
     dataset = Broken(range(10)) if world.rank == world.size - 1 else list(range(10))
     if world.size == 1:
@@ -271,7 +324,7 @@ def test_a_rank_three_times_slower_costs_little(world, agree, shared_tmp_path):
     later = sum(seconds[50:]) / 50
     gained = (even / later - 1) / (even / ideal - 1)
     agree(gained >= 0.8, f"{gained:.2f} of the gain: {even}, {later}, ideal {ideal}")
-    shares = batches.shares
+    shares = batches.shares_at(batches.drawn)
     agree(abs(shares[0] * 3 / shares[1] - 1) < 0.1, shares)
     agree(balancer.rounds[0]["shares"] == [1 / world.size] * world.size, balancer.rounds[0])
     agree(balancer.rounds == mpiddl.broadcast_json(balancer.rounds), "ranks differ")
@@ -286,7 +339,10 @@ def test_shares_stay_where_ranks_are_even(world, agree):
     batches = mpiddl.ShardBatchSampler(960, world, batch_size=96)
     balancer = mpiddl.data.Balancer(batches, me, every=2, clock=lambda: me.now)
     train(world, batches, balancer, me)
-    agree(batches.shares == [1 / world.size] * world.size, batches.shares)
+    agree(
+        batches.shares_at(batches.drawn) == [1 / world.size] * world.size,
+        batches.shares_at(batches.drawn),
+    )
 
 
 def test_a_rank_that_becomes_fast_again_gets_its_share_back(world, agree):
@@ -296,10 +352,13 @@ def test_a_rank_that_becomes_fast_again_gets_its_share_back(world, agree):
     batches = mpiddl.ShardBatchSampler(96 * 30, world, batch_size=96)
     balancer = mpiddl.data.Balancer(batches, me, every=3, clock=lambda: me.now)
     train(world, batches, balancer, me, epochs=1)
-    agree(batches.shares[0] < 0.15, batches.shares)
+    agree(batches.shares_at(batches.drawn)[0] < 0.15, batches.shares_at(batches.drawn))
     me.per_sample = 1.0
     train(world, batches, balancer, me, epochs=2)
-    agree(abs(batches.shares[0] * world.size - 1) < 0.15, batches.shares)
+    agree(
+        abs(batches.shares_at(batches.drawn)[0] * world.size - 1) < 0.15,
+        batches.shares_at(batches.drawn),
+    )
 
 
 def test_a_loader_that_draws_ahead_loses_nothing(world, agree):
@@ -319,7 +378,10 @@ def test_a_loader_that_draws_ahead_loses_nothing(world, agree):
         balancer.step()
         seen += part
     agree(sorted(sum(mpiddl.gather_json(seen), [])) == list(range(960)))
-    agree(world.size == 1 or batches.shares[0] < 0.8 / world.size, batches.shares)
+    agree(
+        world.size == 1 or batches.shares_at(batches.drawn)[0] < 0.8 / world.size,
+        batches.shares_at(batches.drawn),
+    )
 
 
 def test_gradients_stay_the_mean_over_the_global_batch(world, agree):

@@ -225,6 +225,31 @@ def test_workers_are_sent_a_place_in_the_file(tmp_path):
         ForkingPickler.loads(sent)
 
 
+def test_copies_of_mapped_arrays_and_other_maps_are_sent_as_data(tmp_path):
+    rows = numpy.arange(files.SENT_AS_DATA, dtype=numpy.int32).reshape(-1, 64)
+    numpy.save(tmp_path / "a.npy", rows)
+    rows.tofile(tmp_path / "raw")
+    array = read_npy(tmp_path / "a.npy")
+    own = numpy.memmap(tmp_path / "raw", numpy.int32, "r+", shape=rows.shape)
+    for part, expected in [
+        (array.astype("float32"), rows.astype("float32")),
+        (array.copy(), rows),
+        (array.copy()[5:-1], rows[5:-1]),
+        (own, rows),
+        (own[1:], rows[1:]),
+        (own.astype("int64"), rows.astype("int64")),
+    ]:
+        received, nbytes = in_another_process(part)
+        assert nbytes > expected.nbytes
+        assert received.dtype == expected.dtype
+        assert received.flags.writeable
+        assert numpy.array_equal(received, expected)
+
+    received, nbytes = in_another_process(array[5:])  # but this is still a place in the file
+    assert nbytes < 1000
+    assert numpy.array_equal(received, rows[5:])
+
+
 # --- IDX
 
 
@@ -309,6 +334,27 @@ def test_csv_chosen_columns_in_the_order_chosen(tmp_path):
     assert table.labels is None
 
 
+@pytest.mark.parametrize("dtype", ["i1", "u1", "i4", ">i8", "u8", "?"])
+def test_csv_whole_numbers_are_exact(tmp_path, dtype):
+    kind = numpy.dtype(dtype)
+    low, high = (0, 1) if dtype == "?" else (numpy.iinfo(kind).min, numpy.iinfo(kind).max)
+
+    table = read_csv(csv(tmp_path, f"a,b\n{low},{high}\n 1 ,+0\n"), dtype=dtype)
+
+    assert table.values.dtype == kind
+    assert table.values.tolist() == [[low, high], [1, 0]]
+    for number in (low - 1, high + 1):
+        text = f"a,b\n1,1\n\n0,{number}\n"
+        with pytest.raises(DataError, match=rf"line 4, column 'b': '{number}' is not a whole .*"):
+            read_csv(csv(tmp_path, text), dtype=dtype)
+
+
+def test_csv_numbers_beyond_float64_stay_what_they_are(tmp_path):
+    path = csv(tmp_path, "a\n9007199254740993\n-9007199254740993\n")
+
+    assert read_csv(path, dtype="int64").values.tolist() == [[2**53 + 1], [-(2**53) - 1]]
+
+
 def test_csv_labels_mean_the_same_in_every_table(tmp_path):
     path = csv(tmp_path, "x,y\n1,10\n2,9\n3,10\n")
 
@@ -337,6 +383,12 @@ def test_csv_labels_mean_the_same_in_every_table(tmp_path):
         ("a,b\n1,2\n3,x4\n", {}, "line 3, column 'b': 'x4' is not a number"),
         ("a,b\n1,2\n,4\n", {}, "line 3, column 'a': '' is not a number"),
         ("a,b\n1,1_0\n", {}, "line 2, column 'b': '1_0' is not a number"),
+        ("a,b\n1,1.7\n", {"dtype": "int64"}, "line 2, column 'b': '1.7' is not a whole number"),
+        ("a,b\n1,2\n300,4\n", {"dtype": "u1"}, "line 3, column 'a': .* 0 to 255, as uint8"),
+        ("a,b\n1,nan\n", {"dtype": "int8"}, "line 2, column 'b': 'nan' is not a whole number"),
+        ("a,b\n1,1_0\n", {"dtype": "int8"}, "line 2, column 'b': '1_0' is not a whole number"),
+        ("a,b\n1,\n", {"dtype": "int8"}, "line 2, column 'b': '' is not a whole number"),
+        ("a,b\n1,2\n", {"dtype": "U1"}, "floats, integers or booleans, got <U1"),
         ("a,b\n1,2\n", {"columns": ["b", "z"]}, "no column 'z'; it has a, b"),
         ("a,b\n1,2\n", {"columns": ["b", "b"]}, "wanted twice"),
         ("a,b\n1,2\n", {"columns": ["b"], "label": "b"}, "wanted twice"),

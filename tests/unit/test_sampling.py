@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 
 from mpiddl.data.batches import ShardBatchSampler
 from mpiddl.data.samplers import ShardSampler
+from mpiddl.data.shardings import sharding
 from mpiddl.errors import DataError
 
 
@@ -198,14 +199,63 @@ def test_state_is_refused_where_it_does_not_fit():
         ({"dataset": 51}, "number of samples: 50, here 51"),
         ({"batch_size": 6}, "batch_size: 5, here 6"),
         ({"seed": 2}, "seed: 1, here 2"),
-        ({"sharding": "strided"}, "sharding: Random, here Strided"),
+        ({"sharding": "strided"}, "sharding's sharding: Random, here Strided"),
     ):
         arguments = {"dataset": 50, "world": place(0, 1), "batch_size": 5, "seed": 1, **options}
         with pytest.raises(DataError) as error:
             ShardBatchSampler(**arguments).load_state_dict(state)
         assert words in str(error.value)
+    labels = [index % 3 for index in range(50)]
+    for name, mine, other in (
+        ("labels", {"labels": labels}, {"labels": labels[::-1]}),
+        ("seed", {"labels": labels, "seed": 1}, {"labels": labels, "seed": 2}),
+    ):
+        made = [sharding("stratified", 50, **options) for options in (mine, other)]
+        first, second = (
+            ShardBatchSampler(50, place(0, 1), batch_size=5, sharding=each) for each in made
+        )
+        with pytest.raises(DataError, match=f"sharding's {name}"):
+            second.load_state_dict(first.state_dict())
     with pytest.raises(DataError, match="no state"):
         ShardBatchSampler(50, place(0, 1), batch_size=5).load_state_dict({"epoch": 3})
+
+
+def test_after_the_rest_of_an_epoch_comes_a_whole_one():
+    """Also where nobody calls set_epoch."""
+    first = ShardBatchSampler(20, place(0, 1), batch_size=5, shuffle=False)
+    loop = iter(first)
+    for _ in range(3):
+        next(loop)
+        assert first.total == 5
+    second = ShardBatchSampler(20, place(0, 1), batch_size=5, shuffle=False)
+    second.load_state_dict(first.state_dict())
+    assert sum(second, []) == list(range(15, 20))
+    assert second.state_dict(1)["past"] == [[1, 4]]
+    for _ in range(2):
+        assert sum(second, []) == list(range(20))
+
+
+def test_shares_that_were_set_between_loops_count_in_the_next():
+    sampler = ShardBatchSampler(100, place(0, 2), batch_size=10)
+    for weights in ([4, 1], [3, 2]):
+        list(sampler)
+        sampler.set_shares(weights, sampler.drawn)
+        assert [len(part) for part in sampler] == [2 * weights[0]] * 10
+    state = ShardBatchSampler(100, place(0, 2), batch_size=10).state_dict()
+    sampler.load_state_dict(state)
+    assert [len(part) for part in sampler] == [5] * 10
+
+
+def test_a_sharding_for_other_data_is_refused():
+    made = sharding("strided", 6)
+    for make in (
+        ShardSampler,
+        lambda *arguments, **o: ShardBatchSampler(*arguments, batch_size=2, **o),
+    ):
+        with pytest.raises(DataError, match="made for 6 samples, the data set has 10"):
+            make(10, place(0, 2), sharding=made)
+    resampled = sharding("balanced", 10, labels=[0, 1] * 5, draws=30)
+    assert len(ShardSampler(10, place(0, 2), sharding=resampled)) == 15
 
 
 def test_a_loader_that_drew_ahead_must_say_how_far_its_loop_is():
@@ -232,10 +282,10 @@ def test_shares_move_from_the_step_that_was_named():
         if step == 2:
             for sampler in samplers:
                 sampler.set_shares([3, 1], 5)
-                assert sampler.shares == [0.5, 0.5]
+                assert sampler.shares_at(sampler.drawn) == [0.5, 0.5]
     assert lengths == [[20, 20]] * 5 + [[30, 10]] * 5
     assert sorted(seen) == list(range(400))
-    assert samplers[0].shares == [0.75, 0.25]
+    assert samplers[0].shares_at(samplers[0].drawn) == [0.75, 0.25]
     state = samplers[0].state_dict(10)
     for sampler in samplers:
         with pytest.raises(ValueError, match="drawn already"):
@@ -244,7 +294,7 @@ def test_shares_move_from_the_step_that_was_named():
     assert [len(part) for part in run_steps(samplers, 1)[0]] == [30, 10]
     again = ShardBatchSampler(400, place(0, 2), batch_size=40)
     again.load_state_dict(state)
-    assert again.shares == [0.75, 0.25]
+    assert again.shares_at(again.drawn) == [0.75, 0.25]
     with pytest.raises(DataError, match="its own samples"):
         samplers_of("strided", 40, 2, batch_size=4)[0].set_shares([1, 2], 3)
 

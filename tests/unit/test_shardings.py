@@ -280,6 +280,13 @@ def test_groups_stay_whole_and_ranks_are_even(groups, size):
     assert max(map(len, shards)) - min(map(len, shards)) <= largest
 
 
+def objects(*values):
+    """An array as pandas makes of a column of strings."""
+    array = numpy.empty(len(values), dtype=object)
+    array[:] = values
+    return array
+
+
 def test_labels_may_be_tensors_arrays_or_words():
     words = ["b", "a", "b", "c"]
     expected = shards_of("stratified", 4, 2, labels=words)
@@ -288,9 +295,22 @@ def test_labels_may_be_tensors_arrays_or_words():
         torch.tensor([1, 0, 1, 2]),
         (1, 0, 1, 2),
         numpy.array([1, 0, 1, 2], "u1"),
+        objects(*words),
+        objects("b", numpy.str_("a"), "b", "c"),
+        objects(1, numpy.int8(0), 1, 2),
+        numpy.array(words, numpy.dtypes.StringDType()),
     ):
         got = shards_of("stratified", 4, 2, labels=labels)
         assert all(numpy.array_equal(*pair) for pair in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("keys", [["b", "a", "ä", ""], [3, -1, 2**40, 0]])
+def test_keys_may_be_objects(keys):
+    expected, got = (
+        sharding("hash", 4, keys=names).owners(numpy.arange(4), 1000)
+        for names in (keys, objects(*keys))
+    )
+    assert numpy.array_equal(got, expected)
 
 
 @pytest.mark.parametrize(
@@ -308,10 +328,16 @@ def test_labels_may_be_tensors_arrays_or_words():
         (lambda: sharding("balanced", 2, labels=[1, 1], draws=0), "empty"),
         (
             lambda: sharding("hash", 3, keys=[1, "a", 2]),
-            "or all be strings, got int, str",
+            "keys must all be of one kind, got int, str",
         ),
         (lambda: sharding("hash", 3, keys=[1.5, 2.0, 3.0]), "got float"),
+        (lambda: sharding("hash", 2, keys=[True, False]), "or all be strings, got bool"),
         (lambda: sharding("hash", 3, keys=[1]), "1 keys for 3 samples"),
+        (lambda: sharding("hash", 2, keys=[[1], [2]]), "keys must have one dimension"),
+        (lambda: sharding("hash", 2, keys=objects(1, "a")), "one kind, got int, str"),
+        (lambda: sharding("stratified", 2, labels=objects("a", None)), "got NoneType, str"),
+        (lambda: sharding("stratified", 2, labels=objects([1], [1, 2])), "strings, got object"),
+        (lambda: sharding("stratified", 2, labels=objects(0.5, 1.5)), "strings, got object"),
         (lambda: sharding("grouped", 2, groups=[None, 1]), "one kind"),
         (lambda: sharding("weighted", 4, weights=[1.0, 0.0]), "positive"),
         (lambda: sharding("weighted", 4, weights=[1.0, float("nan")]), "positive"),

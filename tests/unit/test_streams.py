@@ -229,10 +229,48 @@ def test_an_epoch_goes_on_where_it_was_left(length, workers, batch_size, drop_la
 
     how = (workers, batch_size, drop_last)
     whole = list(batches_of(fresh(), *how))
-    state = None
+    state, before = None, 0
     for count in sorted(min(count, len(whole)) for count in taken):
-        state = fresh(state).state_dict(count, announced(*how))
+        state = fresh(state).state_dict(count - before, announced(*how))
+        before = count
         assert list(batches_of(fresh(state), *how)) == whole[count:]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_every_loop_counts_its_own_batches(workers):
+    """As in the guide: enumerate(batches, start=1), in a job that is stopped twice."""
+    how = (workers, 2)
+    whole = list(batches_of(ShardedStream(range(24), place(0, 1)), *how))
+    state, seen = None, []
+    for stop in (3, 2, 4):
+        stream = ShardedStream(range(24), place(0, 1))
+        if state is not None:
+            stream.load_state_dict(state)
+        stream.set_epoch(0)
+        for taken, batch in enumerate(batches_of(stream, *how), start=1):
+            seen.append(batch)
+            state = stream.state_dict(taken, announced(*how))
+            if taken == stop:
+                break
+    assert seen == whole[:9]
+    assert state["taken"] == 9
+
+    stream.set_epoch(1)  # which begins at its beginning
+    assert stream.state_dict(1, announced(*how))["taken"] == 1
+
+
+def test_loaders_that_count_otherwise_are_refused_in_the_middle():
+    stream = ShardedStream(range(24), place(0, 1))
+    stream.load_state_dict(stream.state_dict(3, announced(2, 4)))
+    for loading, words in [
+        (announced(2, 3), "saved with batch_size 4, but this is batch_size 3"),
+        (announced(0, 4), "saved with workers 2, but this is workers 1"),
+        (None, "batch_size 4, workers 2, but"),
+    ]:
+        with pytest.raises(DataError, match=words):
+            stream.state_dict(1, loading)
+    stream.set_epoch(1)
+    assert stream.state_dict(1, announced(0, 3))["batch_size"] == 3
 
 
 @given(

@@ -19,8 +19,6 @@ __all__ = ["app", "report"]
 
 app = typer.Typer(help="How samples are spread over ranks.", no_args_is_help=True)
 
-FORMAT = "mpiddl-balance-1"
-
 
 @app.callback()
 def _group() -> None:
@@ -108,6 +106,7 @@ def _balance_in(path: Path) -> Balance:
     """
     import numpy
 
+    from mpiddl.data.balance import FORMAT
     from mpiddl.data.plots import Balance
     from mpiddl.errors import DataError
 

@@ -26,6 +26,8 @@ from mpiddl.log import logger
 __all__ = ["at_clean_exit", "install", "say_last"]
 
 LAST_WORDS_SECONDS = 0.2
+GRACE_SECONDS = 2.0
+"""For rank 0 to tell what all ranks have met."""
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 _SHARED_MEMORY = re.compile(
@@ -100,7 +102,7 @@ def install(rank: int, size: int, hostname: str, abort: Callable[[int], None]) -
         atexit.register(_remove_shared_memory_files)
         atexit.register(_leave_unless_it_raised, os.getpid())
         return
-    guard = _Guard(f"rank {rank} of {size} on {hostname}", abort)
+    guard = _Guard(f"rank {rank} of {size} on {hostname}", rank == 0, abort)
     sys.excepthook = guard.on_exception
     sys.exit = _exit
     builtins.exit = builtins.quit = _exit  # type: ignore[assignment] # the site module's
@@ -115,8 +117,9 @@ def _leave_unless_it_raised(owner: int) -> None:
 class _Guard:
     """Ends the job when this process fails. A forked child is no rank, and left alone."""
 
-    def __init__(self, name: str, abort: Callable[[int], None]) -> None:
+    def __init__(self, name: str, speaks: bool, abort: Callable[[int], None]) -> None:
         self._name = name
+        self._speaks = speaks
         self._abort = abort
         self._owner = os.getpid()
         self._inherited = sys.excepthook
@@ -129,6 +132,8 @@ class _Guard:
         elif issubclass(kind, KeyboardInterrupt):
             self._end("was interrupted; ending the job\n", INTERRUPTED)
         else:
+            if getattr(error, "on_every_rank", False) and not self._speaks:
+                time.sleep(GRACE_SECONDS)  # rank 0 says it, and ends the job
             lines = "".join(traceback.format_exception(kind, error, trace))
             self._end(f"failed; ending the job\n{lines}", 1)
 

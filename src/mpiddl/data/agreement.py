@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ from mpiddl.data.together import raise_together
 from mpiddl.errors import DataError
 from mpiddl.overlap.calls import gather_json
 
-__all__ = ["checksum_of", "kind_of", "refuse_different", "refuse_unlike_data"]
+__all__ = ["kind_of", "refuse_different", "refuse_unlike_samples"]
 
 
 def refuse_different(what: str, facts: Mapping[str, Any], world: World) -> None:
@@ -26,49 +25,34 @@ def refuse_different(what: str, facts: Mapping[str, Any], world: World) -> None:
         world: The ranks.
     """
     everyones = gather_json(dict(facts), world=world)
-    for name, first in everyones[0].items():
-        for rank, other in enumerate(everyones):
-            if other[name] != first:
+    for name in {name: None for each in everyones for name in each}:
+        values = [each.get(name) for each in everyones]
+        for rank, value in enumerate(values):
+            if value != values[0]:
                 raise DataError(
-                    f"{what}: ranks do not agree on {name}: rank 0 has {first}, rank {rank} has "
-                    f"{other[name]}; every rank must pass the same",
+                    f"{what}: ranks do not agree on {name}: rank 0 has {values[0]}, rank {rank} "
+                    f"has {value}; every rank must pass the same",
                     on_every_rank=True,
                 )
 
 
-def refuse_unlike_data(
-    dataset: Any, first: int, facts: Mapping[str, Any], options: Mapping[str, Any], world: World
-) -> None:
-    """As ``refuse_different``, for a data set and how it is dealt out. Collective.
+def refuse_unlike_samples(dataset: Any, first: int, problem: str | None, world: World) -> None:
+    """As ``refuse_different``, for what samples are made of. Collective.
 
     Args:
         dataset: None where only its length is known.
         first: A sample that this rank can read.
-        facts: How it is dealt out; plain JSON.
-        options: Likewise; of arrays checksums are compared.
+        problem: What this rank has met already; then all ranks meet it.
         world: The ranks.
     """
-    problem, kind = None, None
+    kind = None
     try:
-        if hasattr(dataset, "__getitem__"):
+        if problem is None and hasattr(dataset, "__getitem__"):
             kind = kind_of(dataset[first])
-    except (OSError, ValueError, LookupError) as error:
+    except Exception as error:  # whatever a user's data set raises, here all ranks are told
         problem = f"the first sample cannot be read: {error!r}"
     raise_together(problem, world)
-    given = {name: value for name, value in options.items() if value is not None}
-    sums = {
-        name: checksum_of(value) if hasattr(value, "__len__") else value
-        for name, value in given.items()
-    }
-    samples = {"the kind of the samples": kind}
-    refuse_different("ShardBatchSampler", {**facts, **sums, **samples}, world)
-
-
-def checksum_of(values: Any) -> str:
-    """Of labels, keys or weights: how many, and a checksum."""
-    array = numpy.ascontiguousarray(values)
-    raw = array.tobytes() if array.dtype.kind in "biuf" else str(array.tolist()).encode()
-    return f"{len(array)} values with checksum {zlib.crc32(raw):08x}"
+    refuse_different("ShardBatchSampler", {"the kind of the samples": kind}, world)
 
 
 def kind_of(sample: Any) -> Any:

@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from mpiddl.comm.world import World, current_world
-from mpiddl.data.agreement import refuse_unlike_data
+from mpiddl.data.agreement import refuse_different, refuse_unlike_samples
 from mpiddl.data.collate import collate
 from mpiddl.data.samplers import EpochSampler
 from mpiddl.data.shardings import Sharding
-from mpiddl.data.shardings.base import Ordered, Owned
+from mpiddl.data.shardings.base import Ordered, Owned, facts_of
 from mpiddl.data.shardings.random import Random
 from mpiddl.data.shardings.weighted import Weighted, shares_of
 from mpiddl.data.together import raise_together
@@ -75,7 +75,12 @@ class ShardBatchSampler(EpochSampler, Sampler[list[int]]):
     ) -> None:
         world = world or current_world()
         checks = check and isinstance(world, World) and world.size > 1
-        problem = None
+        self.batch_size = batch_size
+        self.drop_last = drop_last
+        self._past: list[Leg] = []
+        self.loops = 0
+        self.part_lengths: list[int] = []
+        problem, first = None, 0
         try:
             super().__init__(dataset, world, shuffle, seed, sharding or "random", options)
             self._refuse_useless(batch_size, sharding)
@@ -85,19 +90,19 @@ class ShardBatchSampler(EpochSampler, Sampler[list[int]]):
             problem = str(error)
         if checks:
             raise_together(problem, world)
-        self.batch_size = batch_size
-        self.drop_last = drop_last
-        self._shares: list[tuple[int, NDArray[Any]]] = []  # and the steps from which they count
-        if isinstance(self.sharding, Weighted):
-            self._shares = [(0, shares_of(self.sharding.weights, self.size))]
-        self._past: list[Leg] = []
-        self.loops = 0
-        self.part_lengths: list[int] = []
-        self._begin()
+            weights = {"weights": getattr(self.sharding, "weights", None)}
+            refuse_different("ShardBatchSampler", {**self._facts(), **weights}, world)
+        try:
+            self._begin()
+            if isinstance(self.sharding, Owned):  # others' samples may not be here
+                own = self.sharding.shard(self.rank, self.size)
+                first = int(own[0]) if len(own) else 0
+        except ValueError as error:
+            if not checks:
+                raise
+            problem = str(error)
         if checks:
-            own = self.sharding.shard(self.rank, self.size)
-            first = int(own[0]) if isinstance(self.sharding, Owned) and len(own) else 0
-            refuse_unlike_data(self.dataset, first, self._facts(), options, world)
+            refuse_unlike_samples(self.dataset, first, problem, world)
 
     def _refuse_useless(self, batch_size: int, sharding: str | Sharding | None) -> None:
         if batch_size < 1:
@@ -118,10 +123,10 @@ class ShardBatchSampler(EpochSampler, Sampler[list[int]]):
         return {
             "the number of samples": self.length,
             "batch_size": self.batch_size,
-            "sharding": type(self.sharding).__name__,
             "shuffle": self.shuffle,
             "seed": self.seed,
             "drop_last": self.drop_last,
+            **{f"the sharding's {name}": fact for name, fact in facts_of(self.sharding).items()},
         }
 
     # Batches.
@@ -131,6 +136,10 @@ class ShardBatchSampler(EpochSampler, Sampler[list[int]]):
         self._walk = self._make_walk()
         self._drawn = -1  # the batch that was drawn last
         self._unread = 0  # batches drawn since ``total`` was read
+        self._through = False  # with all batches of the walk
+        self._shares: list[tuple[int, NDArray[Any]]] = []  # and the steps from which they count
+        if isinstance(self.sharding, Weighted):
+            self._shares = [(0, shares_of(self.sharding.weights, self.size))]
 
     def _make_walk(self) -> Walk:
         place = Place(self.rank, self.size)
@@ -154,15 +163,22 @@ class ShardBatchSampler(EpochSampler, Sampler[list[int]]):
         goes_on = epoch == self.epoch
         super().set_epoch(epoch)
         if not goes_on:
-            self._past = []
-            self._shares = [(0, shares) for _, shares in self._shares[-1:]]
-            self._begin()
+            self._begin_whole()
+
+    def _begin_whole(self) -> None:
+        """A whole epoch, with the shares that came last."""
+        self._past = []
+        last = [(0, shares) for _, shares in self._shares[-1:]]
+        self._begin()
+        self._shares = last
 
     def __len__(self) -> int:
         """Global batches (that are left) of the epoch, the same on every rank."""
         return len(self._walk)
 
     def __iter__(self) -> Iterator[list[int]]:
+        if self._through:  # the epoch once more; what it began with after a stop is over
+            self._begin_whole()
         self._drawn, self._unread = -1, 0
         self.loops += 1
         self.part_lengths = []
@@ -172,6 +188,7 @@ class ShardBatchSampler(EpochSampler, Sampler[list[int]]):
             self.part_lengths.append(len(part))
             self._drawn = step
             self._unread += 1
+            self._through = step == len(walk) - 1
             yield part
 
     def total_at(self, step: int) -> int:
@@ -244,11 +261,6 @@ class ShardBatchSampler(EpochSampler, Sampler[list[int]]):
         shares = self._shares_at(step)
         return [1 / self.size] * self.size if shares is None else shares.tolist()
 
-    @property
-    def shares(self) -> list[float]:
-        """Of each rank, in what is drawn next here."""
-        return self.shares_at(self.drawn)
-
     # Going on later.
 
     def state_dict(self, step: int | None = None) -> dict[str, Any]:
@@ -299,7 +311,7 @@ class ShardBatchSampler(EpochSampler, Sampler[list[int]]):
                 )
         self.epoch = int(state["epoch"])
         self._past = [Leg(int(size), int(steps)) for size, steps in state["past"]]
+        self._begin()
         shares = state["shares"]
         if shares is not None and len(shares) == self.size:
             self._shares = [(0, shares_of(shares, self.size))]
-        self._begin()

@@ -75,11 +75,11 @@ def as_rows(samples: Any) -> Rows | None:
     return rows
 
 
-def room_for(length: int, kind: Kind, own: Any = None) -> tuple[Any, Rows]:
+def room_for(length: int, kind: Kind, own: Any = None, source: Any = None) -> tuple[Any, Rows]:
     """Where ``length`` samples go, and the same memory as rows.
 
     Raises:
-        DataError: The caller's ``own`` array is not for those.
+        DataError: The caller's ``own`` array is not for those, or shares memory with ``source``.
     """
     samples: Any = own
     if own is None and kind.package == "torch":
@@ -94,7 +94,18 @@ def room_for(length: int, kind: Kind, own: Any = None) -> tuple[Any, Rows]:
     rows = as_rows(samples)
     if rows is None or not rows.flags.writeable:
         raise DataError("out must be contiguous, and may be written to")
+    if own is not None and source is not None and _bounds(own) & _bounds(source):
+        raise DataError("out shares memory with the samples; pass another array")
     return samples, rows
+
+
+def _bounds(samples: Any) -> set[int]:
+    """What stands for its memory: arrays that share some of it have one of these in common."""
+    if isinstance(samples, torch.Tensor):
+        return {samples.untyped_storage().data_ptr()} - {0}
+    while isinstance(samples.base, numpy.ndarray):
+        samples = samples.base
+    return {samples.__array_interface__["data"][0]} if samples.size else set()
 
 
 def take(samples: Any) -> Callable[[Indices, Rows], None]:

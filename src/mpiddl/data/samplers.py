@@ -12,6 +12,7 @@ from mpiddl.comm.world import World, current_world
 from mpiddl.data.permutation import Permutation
 from mpiddl.data.shardings import Sharding
 from mpiddl.data.shardings import sharding as make_sharding
+from mpiddl.data.shardings.base import refuse_other_data
 from mpiddl.errors import DataError
 
 __all__ = ["EpochSampler", "ShardSampler"]
@@ -40,6 +41,7 @@ class EpochSampler:
             sharding = make_sharding(sharding, length, seed=seed, **options)
         elif options:
             raise DataError(f"{', '.join(options)}: give them to the sharding itself")
+        refuse_other_data(sharding, length)
         self.sharding = sharding
         self.length = sharding.length
         world = world or current_world()

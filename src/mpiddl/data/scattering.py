@@ -13,9 +13,11 @@ from mpiddl.collectives.scatter import scatter as scatter_parts
 from mpiddl.comm.world import World, current_world
 from mpiddl.data.permutation import Indices
 from mpiddl.data.progress_bar import progress
+from mpiddl.data.relay import check_same_root
 from mpiddl.data.rows import Kind, Rows, as_rows, kind_of_rows, room_for, take
 from mpiddl.data.shardings import Sharding
 from mpiddl.data.shardings import sharding as make_sharding
+from mpiddl.data.shardings.base import refuse_other_data
 from mpiddl.data.together import raise_together
 from mpiddl.errors import DataError
 from mpiddl.overlap.arguments import new_channel, run
@@ -59,8 +61,7 @@ def scatter(
         ValueError: On every rank: ``root`` is no rank, or has no samples that can travel.
     """
     world = world or current_world()
-    if not 0 <= root < world.size:
-        raise DataError(f"root {root} is no rank of a world of {world.size}", on_every_rank=True)
+    check_same_root(root, world)
     shards: list[Sequence[int] | Indices] = []
     told, problem = None, None
     if world.rank == root:
@@ -70,6 +71,7 @@ def scatter(
                 raise DataError("a list must hold bytes; pass numbers as an array")
             if isinstance(sharding, str):
                 sharding = make_sharding(sharding, len(samples), seed=seed, **options)
+            refuse_other_data(sharding, len(samples))
             shards = [sharding.shard(rank, world.size) for rank in range(world.size)]
         except (ValueError, TypeError) as error:
             problem = f"scatter: rank {root}: {error}"
@@ -82,7 +84,7 @@ def scatter(
         return _scatter_bytes(samples, shards, lengths, root, world)
     problem = None
     try:
-        room = room_for(lengths[world.rank], Kind(*told), out)
+        room = room_for(lengths[world.rank], Kind(*told), out, samples)
     except DataError as error:
         problem = f"scatter: {error}"
     raise_together(problem, world)

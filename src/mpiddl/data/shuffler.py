@@ -8,6 +8,7 @@ import numpy
 
 from mpiddl.comm.windows import Window
 from mpiddl.comm.world import World, current_world
+from mpiddl.data.agreement import refuse_different
 from mpiddl.data.permutation import Permutation
 from mpiddl.data.rows import Rows, kind_of_rows, room_for, take
 from mpiddl.data.shuffling import check_arrays, shuffle
@@ -63,6 +64,7 @@ class Shuffler:
             nbytes = total * room.shape[1]
             window = self._world.windows.allocate(-(-nbytes // self._world.size))
             if window is None:
+                self._windows.clear()
                 return []
             self._windows.append(window)
             memory = numpy.frombuffer(window.memory, dtype=numpy.uint8)[:nbytes]
@@ -77,12 +79,13 @@ class Shuffler:
         """This rank's samples of an epoch, in memory that the next call uses again.
 
         Raises:
-            ValueError: On every rank, across nodes: ranks ask for different epochs.
+            ValueError: On every rank: ranks ask for different epochs.
         """
         results = tuple(result for result, _ in self._room)
         if not self._together:
-            out = results if len(results) > 1 else results[0]
-            return shuffle(*self._arrays, seed=self._seed, epoch=number, out=out, world=self._world)
+            world = self._world
+            return shuffle(*self._arrays, seed=self._seed, epoch=number, out=results, world=world)
+        refuse_different("Shuffler", {"epoch": number}, self._world)
         order = Permutation(sum(self._lengths), [self._seed, number])
         first = sum(self._lengths[: self._world.rank])
         for start in range(0, self._lengths[self._world.rank], PIECE):

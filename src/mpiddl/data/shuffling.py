@@ -77,11 +77,12 @@ def check_arrays(
         kinds = [kind_of_rows(array) for array in arrays]
         if not arrays or len({len(array) for array in arrays}) > 1:
             raise DataError("pass one or more arrays of one length")
-        given = [None] * len(arrays) if out is None else out if len(arrays) > 1 else [out]
+        none = [None] * len(arrays)
+        given = none if out is None else list(out) if isinstance(out, list | tuple) else [out]
         if len(given) != len(arrays):
             raise DataError("out must be one array for each that is shuffled")
-        pairs = zip(kinds, given, strict=True)
-        results = [room_for(len(arrays[0]), kind, own) for kind, own in pairs]
+        for kind, own, array in zip(kinds, given, arrays, strict=True):
+            results.append(room_for(len(arrays[0]), kind, own, array))
     except DataError as error:
         problem = f"shuffle: {error}"
     raise_together(problem, world)

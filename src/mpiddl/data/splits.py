@@ -13,11 +13,10 @@ import numpy
 from numpy.typing import NDArray
 
 from mpiddl.data.labels import codes_of
+from mpiddl.data.permutation import Indices
 from mpiddl.errors import DataError
 
 __all__ = ["split"]
-
-Indices = NDArray[numpy.int64]
 
 
 def split(

@@ -147,16 +147,29 @@ class ShardedStream(IterableDataset[T]):
         """Where this rank is in the epoch; each rank saves its own.
 
         Args:
-            taken: Batches of ``loader`` that the loop has taken since the epoch began (its workers
-                read ahead, so only the loop knows); without loader, items of the stream.
+            taken: Batches of ``loader`` that this loop has taken (workers read ahead, so only the
+                loop knows), counted from 0 again where an epoch goes on; without loader, items of
+                the stream.
             loader: Which reads this stream.
+
+        Raises:
+            DataError: The epoch went on in its middle, and the loader has another batch size or
+                number of workers than the one before.
         """
-        return {
-            **self._layout(),
-            "epoch": self._epoch,
-            "taken": taken,
+        counted = {
             "batch_size": 1 if loader is None else loader.batch_size or 1,
             "workers": 1 if loader is None else max(1, loader.num_workers),
+        }
+        before = 0
+        if self._told[_WORKERS] > 0:
+            was = {"batch_size": self._told[_BATCH_SIZE], "workers": self._told[_WORKERS]}
+            _refuse_others({name: int(value) for name, value in was.items()}, counted)
+            before = int(self._told[_BATCHES])
+        return {
+            **self._layout(),
+            **counted,
+            "epoch": self._epoch,
+            "taken": before + taken,  # since the epoch began
             "drop_last": 0 if loader is None else int(loader.drop_last),
         }
 

@@ -83,7 +83,8 @@ def map_array(
 
 def _for_another_process(array: numpy.memmap[Any, Any]) -> Any:
     """How multiprocessing sends an array; saving it to a file still writes its data."""
-    origin = _origins.get(getattr(array, "_mmap", None))  # type: ignore[arg-type]
+    mapping = getattr(array, "_mmap", None)  # none in copies, which are memmaps, too
+    origin = None if mapping is None else _origins.get(mapping)
     together = array.flags.c_contiguous or array.flags.f_contiguous
     if origin is None or not together or array.nbytes <= SENT_AS_DATA:
         return numpy.asarray(array).__reduce__()

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from mpiddl.data.labels import codes_of
 from mpiddl.data.permutation import Indices, Permutation
-from mpiddl.data.shardings.base import cuts, refuse_empty
+from mpiddl.data.shardings.base import checksum_of, cuts, refuse_empty
 from mpiddl.data.shardings.windows import Windows
 
 __all__ = ["Balanced"]
@@ -41,11 +41,16 @@ class Balanced:
     ) -> None:
         refuse_empty(length)
         codes, _ = codes_of(labels, length)
+        self.dataset_length = length
         self.length = length if draws is None else draws
         refuse_empty(self.length)
         self.seed = seed
+        self._labels = checksum_of(codes)
         order = numpy.argsort(codes, kind="stable")
         self._members = numpy.split(order, numpy.cumsum(numpy.bincount(codes))[:-1])
+
+    def facts(self) -> dict[str, Any]:
+        return {"seed": self.seed, "labels": self._labels, "draws": self.length}
 
     def shard(self, rank: int, size: int, epoch: int = 0) -> Indices:
         return _Draws(self._members, self.length, self.seed, epoch)[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,7 +13,17 @@ from mpiddl.data.permutation import Indices
 from mpiddl.errors import DataError
 from mpiddl.segments import split
 
-__all__ = ["Batches", "Ordered", "Owned", "Sharding", "cuts", "refuse_empty"]
+__all__ = [
+    "Batches",
+    "Ordered",
+    "Owned",
+    "Sharding",
+    "checksum_of",
+    "cuts",
+    "facts_of",
+    "refuse_empty",
+    "refuse_other_data",
+]
 
 
 GOLDEN = (5**0.5 - 1) / 2
@@ -21,6 +32,10 @@ GOLDEN = (5**0.5 - 1) / 2
 
 class Sharding(Protocol):
     """Deals ``length`` samples out to ranks. The same answer on every rank, for the same arguments.
+
+    Where ``facts()`` is there, it tells in plain JSON what decides who gets what, besides the
+    numbers of samples and ranks: ranks must agree on it, and so must who goes on with an epoch.
+    Where an epoch has more or fewer samples than the data set, ``dataset_length`` is that one's.
 
     Attributes:
         length: Samples of an epoch, over all ranks.
@@ -67,6 +82,25 @@ class Ordered(Sharding, Protocol):
     def batches(self, epoch: int, batch_size: int, drop_last: bool) -> Batches:
         """The global batches of ``epoch``."""
         ...
+
+
+def facts_of(sharding: Sharding) -> dict[str, Any]:
+    """Its name, and its facts if it tells them."""
+    facts: dict[str, Any] = getattr(sharding, "facts", dict)()
+    return {"sharding": type(sharding).__name__, **facts}
+
+
+def checksum_of(values: NDArray[Any]) -> str:
+    """How many numbers, and whether they are the same elsewhere."""
+    raw = numpy.ascontiguousarray(values).tobytes()
+    return f"{len(values)} values with checksum {zlib.crc32(raw):08x}"
+
+
+def refuse_other_data(sharding: Sharding, length: int) -> None:
+    """Raise DataError if a sharding was made for another number of samples."""
+    own = getattr(sharding, "dataset_length", sharding.length)
+    if own != length:
+        raise DataError(f"the sharding was made for {own} samples, the data set has {length}")
 
 
 def refuse_empty(length: int) -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mpiddl.data.labels import codes_of
 from mpiddl.data.permutation import Indices
-from mpiddl.data.shardings.base import refuse_empty
+from mpiddl.data.shardings.base import checksum_of, refuse_empty
 from mpiddl.errors import DataError
 
 __all__ = ["Grouped"]
@@ -35,6 +35,9 @@ class Grouped:
         refuse_empty(length)
         self.length = length
         self._groups, _ = codes_of(groups, length, "groups")
+
+    def facts(self) -> dict[str, Any]:
+        return {"groups": checksum_of(self._groups)}
 
     def shard(self, rank: int, size: int, epoch: int = 0) -> Indices:
         return numpy.flatnonzero(self._ranks(size)[self._groups] == rank)

@@ -9,8 +9,9 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
+from mpiddl.data.labels import values_of
 from mpiddl.data.permutation import Indices
-from mpiddl.data.shardings.base import refuse_empty
+from mpiddl.data.shardings.base import checksum_of, refuse_empty
 from mpiddl.errors import DataError
 
 __all__ = ["Hashed", "hashes_of"]
@@ -44,6 +45,10 @@ class Hashed:
         self.length = length
         self._salt = numpy.uint32(numpy.random.SeedSequence(seed).generate_state(1)[0])
         self._keys = None if keys is None else _numbers_of(keys, length)
+
+    def facts(self) -> dict[str, Any]:
+        keys = "none" if self._keys is None else checksum_of(self._keys)
+        return {"seed": int(self._salt), "keys": keys}
 
     def shard(self, rank: int, size: int, epoch: int = 0) -> Indices:
         expected = self.length / size
@@ -122,15 +127,12 @@ def _owners(hashes: NDArray[numpy.uint32], size: int) -> Indices:
 
 def _numbers_of(keys: Sequence[Any] | NDArray[Any], length: int) -> Indices:
     """Integers as they are, strings by a checksum."""
-    if len(keys) != length:
-        raise DataError(f"{len(keys)} keys for {length} samples: pass one for each")
-    values = numpy.asarray(keys)
-    if values.ndim == 1 and values.dtype.kind in "iu":
+    values = values_of(keys, length, "keys")
+    if values.dtype.kind in "iu":
         return values.astype(numpy.int64)
-    if values.ndim == 1 and all(isinstance(key, str) for key in keys):
-        return numpy.array([_checksum(key) for key in keys], dtype=numpy.int64)
-    kinds = sorted({type(key).__name__ for key in keys})
-    raise DataError(f"keys must all be integers or all be strings, got {', '.join(kinds)}")
+    if values.dtype.kind == "U":
+        return numpy.array([_checksum(key) for key in values.tolist()], dtype=numpy.int64)
+    raise DataError(f"keys must all be integers or all be strings, got {values.dtype}")
 
 
 def _checksum(key: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from mpiddl.data.permutation import Indices, Permutation
 from mpiddl.data.shardings.base import cuts, refuse_empty
@@ -30,6 +31,9 @@ class Random:
 
     def __post_init__(self) -> None:
         refuse_empty(self.length)
+
+    def facts(self) -> dict[str, Any]:
+        return {"seed": self.seed, "shuffle": self.shuffle}
 
     def shard(self, rank: int, size: int, epoch: int = 0) -> Indices:
         return self._order(epoch)[cuts(0, self.length, size, None)[rank]]

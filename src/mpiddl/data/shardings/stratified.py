@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mpiddl.data.labels import codes_of
 from mpiddl.data.permutation import Indices, Permutation
-from mpiddl.data.shardings.base import cuts, refuse_empty
+from mpiddl.data.shardings.base import checksum_of, cuts, refuse_empty
 
 __all__ = ["Stratified"]
 
@@ -38,11 +38,15 @@ class Stratified:
         codes, self.classes = codes_of(labels, length)
         self.length = length
         self.seed = seed
+        self._labels = checksum_of(codes)
         self._members = numpy.argsort(codes, kind="stable")
         counts = numpy.bincount(codes)
         self._stops = numpy.cumsum(counts)
         self._starts = self._stops - counts
         self._orders: tuple[int, dict[int, Permutation]] = -1, {}
+
+    def facts(self) -> dict[str, Any]:
+        return {"seed": self.seed, "labels": self._labels}
 
     def shard(self, rank: int, size: int, epoch: int = 0) -> Indices:
         cards = numpy.arange(self.length)

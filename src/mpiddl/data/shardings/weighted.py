@@ -49,6 +49,9 @@ class Weighted:
         self.seed = seed
         shares_of(weights, len(weights))
 
+    def facts(self) -> dict[str, Any]:
+        return {"seed": self.seed}  # weights may change, as shares do
+
     def shard(self, rank: int, size: int, epoch: int = 0) -> Indices:
         part = cuts(0, self.length, size, shares_of(self.weights, size))[rank]
         return Permutation(self.length, [self.seed, epoch])[part]
