@@ -197,13 +197,16 @@ def test_what_the_gpu_still_computes_is_not_exposed(world, agree, device):
         pytest.skip("nobody to exchange with")
     gated = Gated(world, device.runtime, engine="inline", algorithm="ring")
     before = copy.deepcopy(gated.model.stats())
+    began = time.perf_counter()
     gated.backward(during=lambda: time.sleep(0.3))
+    others = time.perf_counter() - began - 0.3  # whatever took how long: not the GPU
     stats = gated.model.stats()
     exposed = stats.exposed_seconds - before.exposed_seconds
     computed = stats.compute_seconds - before.compute_seconds
-    agree(exposed < 0.15 and computed > 0.25, f"{exposed} s exposed, {computed} s computed")
-    waited = [bucket.exposed_seconds for bucket in stats.buckets]
-    agree(sum(waited) < 0.15, waited)
+    waited = sum(bucket.exposed_seconds for bucket in stats.buckets)
+    waited -= sum(bucket.exposed_seconds for bucket in before.buckets)
+    agree(computed >= 0.3, f"{computed} s computed")
+    agree(exposed <= others and waited <= others, f"{exposed} and {waited} of {others} s")
     gated.model.unwrap()
 
 
