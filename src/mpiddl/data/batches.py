@@ -11,6 +11,7 @@ from torch.utils.data import Sampler
 from mpiddl.comm.world import World, current_world
 from mpiddl.data.agreement import refuse_different, refuse_unlike_samples
 from mpiddl.data.collate import collate
+from mpiddl.data.permutation import Indices
 from mpiddl.data.samplers import EpochSampler
 from mpiddl.data.shardings import Sharding
 from mpiddl.data.shardings.base import Ordered, Owned, facts_of
@@ -78,6 +79,7 @@ class ShardBatchSampler(EpochSampler, Sampler[list[int]]):
         self.batch_size = batch_size
         self.drop_last = drop_last
         self._past: list[Leg] = []
+        self._own: tuple[Indices | range, list[int]] | None = None
         self.loops = 0
         self.part_lengths: list[int] = []
         problem, first = None, 0
@@ -94,9 +96,8 @@ class ShardBatchSampler(EpochSampler, Sampler[list[int]]):
             refuse_different("ShardBatchSampler", {**self._facts(), **weights}, world)
         try:
             self._begin()
-            if isinstance(self.sharding, Owned):  # others' samples may not be here
-                own = self.sharding.shard(self.rank, self.size)
-                first = int(own[0]) if len(own) else 0
+            if isinstance(self._walk, OwnWalk):  # others' samples may not be here
+                first = self._walk.first
         except ValueError as error:
             if not checks:
                 raise
@@ -151,8 +152,10 @@ class ShardBatchSampler(EpochSampler, Sampler[list[int]]):
         legs = self._past
         if not legs or legs[-1].size != self.size:
             legs = [*legs, Leg(self.size, 0)]
+        if self._own is None:
+            self._own = self.sharding.shard(*place), self.sharding.lengths(self.size)
         key = [self.seed, self.epoch] if self.shuffle else None
-        return OwnWalk(self.sharding, self.epoch, key, self.batch_size, place, legs)
+        return OwnWalk(self.sharding, self._own, key, self.batch_size, place, legs)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the coming epoch; the same number on every rank.

@@ -76,7 +76,7 @@ class OwnWalk:
 
     Args:
         sharding: Which samples a rank owns.
-        epoch: Of the order.
+        own: This rank's samples, and how many each rank has: the same in every epoch.
         key: Chooses the order in which a rank visits its samples; None: as they are numbered.
         batch_size: Samples of a global batch, about: each step takes an even part of what each
             rank has.
@@ -87,7 +87,7 @@ class OwnWalk:
     def __init__(
         self,
         sharding: Owned,
-        epoch: int,
+        own: tuple[Indices | range, list[int]],
         key: Sequence[int] | None,
         batch_size: int,
         place: Place,
@@ -95,17 +95,27 @@ class OwnWalk:
     ) -> None:
         *past, now = legs
         self._done = now.steps
-        left: list[Indices] | None = None  # of each rank
+        samples, lengths = own
+        left: list[Indices] = []  # of each rank, once the epoch has changed ranks
         for number, leg in enumerate(past):
-            stages = [
-                _Stage(sharding, left, rank, leg.size, epoch, key, number, batch_size)
-                for rank in range(leg.size)
-            ]
-            unseen = numpy.sort(numpy.concatenate([stage.after(leg.steps) for stage in stages]))
+            then = [len(part) for part in left] if left else sharding.lengths(leg.size)
+            unseen = []
+            for rank in range(leg.size):
+                theirs = left[rank] if left else sharding.shard(rank, leg.size)
+                stage = _Stage(theirs, then, rank, key, number, batch_size)
+                unseen.append(stage.after(leg.steps))
+            rest = numpy.sort(numpy.concatenate(unseen))
             size = legs[number + 1].size
-            owners = sharding.owners(unseen, size)
-            left = [unseen[owners == rank] for rank in range(size)]
-        self._mine = _Stage(sharding, left, *place, epoch, key, len(past), batch_size)
+            owners = sharding.owners(rest, size)
+            left = [rest[owners == rank] for rank in range(size)]
+        if left:
+            samples, lengths = left[place.rank], [len(part) for part in left]
+        self._mine = _Stage(samples, lengths, place.rank, key, len(past), batch_size)
+
+    @property
+    def first(self) -> int:
+        """A sample of this rank's; 0 if it has none."""
+        return self._mine.first
 
     def __len__(self) -> int:
         return self._mine.steps - self._done
@@ -122,23 +132,24 @@ class _Stage:
 
     def __init__(
         self,
-        sharding: Owned,
-        left: list[Indices] | None,
+        samples: Indices | range,
+        lengths: Sequence[int],
         rank: int,
-        size: int,
-        epoch: int,
         key: Sequence[int] | None,
         number: int,
         batch_size: int,
     ) -> None:
-        self._samples = sharding.shard(rank, size, epoch) if left is None else left[rank]
-        lengths = sharding.lengths(size) if left is None else [len(part) for part in left]
+        self._samples = samples
         self._lengths = numpy.array(lengths, dtype=numpy.int64)
         self._rank = rank
-        self.steps = -(-int(self._lengths.sum()) // batch_size)
+        self.steps = -(-sum(lengths) // batch_size)
         self._order = None
         if key is not None:
-            self._order = Permutation(len(self._samples), [*key, number, rank, size])
+            self._order = Permutation(len(samples), [*key, number, rank, len(lengths)])
+
+    @property
+    def first(self) -> int:
+        return int(self._samples[0]) if len(self._samples) else 0
 
     def _bounds(self, step: int) -> Indices:
         """Where ``step`` begins on each rank. Those that take one more than others take turns."""

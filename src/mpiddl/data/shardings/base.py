@@ -50,7 +50,7 @@ class Sharding(Protocol):
 
 @runtime_checkable
 class Owned(Sharding, Protocol):
-    """A sharding in which a sample belongs to a rank, in whatever order it is visited."""
+    """A sharding in which a sample belongs to the same rank in every epoch."""
 
     def owners(self, indices: Indices, size: int) -> Indices:
         """The rank of each of ``indices`` among ``size`` ranks."""
