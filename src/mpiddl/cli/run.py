@@ -12,6 +12,7 @@ from typing import Any
 
 import typer
 
+from mpiddl.comm.failure import GRACE_SECONDS
 from mpiddl.comm.launchers import read_launch
 from mpiddl.comm.world import is_running
 from mpiddl.errors import MpiddlError
@@ -20,7 +21,6 @@ __all__ = ["deferred", "let_rank_0_speak", "run"]
 
 USAGE_ERROR = 2
 CLOSED_PIPE = 128 + signal.SIGPIPE
-GRACE_SECONDS = 2.0
 
 _chosen: list[Callable[[], Any]] = []
 
