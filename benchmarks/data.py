@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,6 +54,13 @@ def slowest(world: mpiddl.World, work: Callable[[], Any]) -> float:
     started = time.perf_counter()
     work()
     return max(mpiddl.gather_json(time.perf_counter() - started, world=world))
+
+
+def random_turns(names: list[str]) -> Iterator[list[str]]:
+    """Another order each round, the same on all ranks: nobody always finds a neighbour's cache."""
+    random = numpy.random.default_rng(0)
+    while True:
+        yield [names[at] for at in random.permutation(len(names))]
 
 
 def sharding(world: mpiddl.World) -> list[dict[str, Any]]:
@@ -115,9 +122,10 @@ def moving(world: mpiddl.World) -> list[dict[str, Any]]:
             ),
         }
         times: dict[str, list[float]] = {name: [] for name in candidates}
+        turns = random_turns(list(candidates))
         for number in range(ROUNDS + 1):
-            for name, work in candidates.items():
-                seconds = slowest(world, work)
+            for name in next(turns):
+                seconds = slowest(world, candidates[name])
                 if number:
                     times[name].append(seconds)
         medians = {name: statistics.median(each) for name, each in times.items()}
@@ -204,24 +212,31 @@ def balancing(world: mpiddl.World) -> list[dict[str, Any]]:
                 balancer.rebalance()
         return max(mpiddl.gather_json(time.perf_counter() - started)) / steps
 
-    epoch(0, 0)
-    even = statistics.median(epoch(number, 0) for number in (1, 2, 3))
-    balancer.rebalance()
-    busy, samples = balancer.rounds[-1]["seconds"], batch / world.size
-    ideal = batch / sum(samples / seconds for seconds in busy) + even - max(busy)
-    for number in (4, 5, 6):
+    for number in range(4):
         epoch(number, 10)
-    balanced = statistics.median(epoch(number, 0) for number in (7, 8, 9))
+    learned = batches.shares_at(batches.drawn)
+    even, balanced, busy = [], [], []
+    for number in range(4, 4 + 2 * ROUNDS):
+        shares, seconds = [([1.0] * world.size, even), (learned, balanced)][number % 2]
+        batches.set_shares(shares, batches.drawn)
+        seconds.append(epoch(number, 0))
+        balancer.rebalance()
+        if seconds is even:
+            busy.append(balancer.rounds[-1]["seconds"])
+    compute = numpy.median(busy, axis=0)
+    medians = {"even": statistics.median(even), "balanced": statistics.median(balanced)}
+    samples = batch / world.size
+    ideal = batch / (samples / compute).sum() + medians["even"] - compute.max()
     return [
         {
             "ranks": world.size,
-            "even_ms": even * 1e3,
-            "balanced_ms": balanced * 1e3,
+            **{f"{name}_ms": seconds * 1e3 for name, seconds in medians.items()},
             "ideal_ms": ideal * 1e3,
-            "shares": batches.shares_at(batches.drawn),
-            "speed_up": even / balanced,
-            "ideal_speed_up": even / ideal,
-            "recovered": (even / balanced - 1) / (even / ideal - 1),
+            "shares": learned,
+            "speed_up": medians["even"] / medians["balanced"],
+            "ideal_speed_up": medians["even"] / ideal,
+            "recovered": (medians["even"] / medians["balanced"] - 1)
+            / (medians["even"] / ideal - 1),
         }
     ]
 

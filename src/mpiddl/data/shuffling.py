@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy
 import torch
-from numpy.typing import NDArray
 
 from mpiddl.collectives.all_to_all import all_to_all
 from mpiddl.comm.world import World, current_world
@@ -17,13 +19,16 @@ from mpiddl.data.progress_bar import progress
 from mpiddl.data.rows import Rows, kind_of_rows, room_for, take
 from mpiddl.data.together import raise_together
 from mpiddl.errors import DataError
-from mpiddl.overlap.arguments import new_channel, run
+from mpiddl.overlap.arguments import new_channel, start
 from mpiddl.overlap.calls import gather_json
 
 __all__ = ["check_arrays", "shuffle"]
 
 PIECE_BYTES = 4 << 20
 """That a rank receives at a time: nothing is copied as a whole, and pieces stay in the cache."""
+PIECE_BYTES_BETWEEN_NODES = 16 << 20
+IN_FLIGHT_BETWEEN_NODES = 4
+"""Pieces: so many bytes keep a link busy both ways, whose queues hold up each handshake."""
 
 
 def shuffle(
@@ -106,48 +111,68 @@ class _Exchange:
     def __init__(self, lengths: Sequence[int], key: Sequence[int], world: World) -> None:
         self.total = sum(lengths)
         self._world = world
+        between_nodes = world.num_nodes > 1
+        self._piece_bytes = PIECE_BYTES_BETWEEN_NODES if between_nodes else PIECE_BYTES
+        self._in_flight = IN_FLIGHT_BETWEEN_NODES if between_nodes else 1
         self._stops = numpy.cumsum(lengths)
         self._starts = self._stops - lengths
+        self._first = int(self._starts[world.rank])
         self._order = Permutation(self.total, key)
-        mine = self._starts[world.rank] + numpy.arange(lengths[world.rank])
+        mine = self._first + numpy.arange(lengths[world.rank])
         targets = self._order.at(mine)
         self._local = numpy.argsort(targets)  # this rank's samples, by where they go
         self._targets = targets[self._local]
 
     def move(self, array: Any, result: Rows, bar: Any) -> None:
-        """Fill ``result``, a piece of it after the other, on all ranks at a time."""
-        width = result.shape[1]
-        piece = max(1, PIECE_BYTES // max(1, width))
-        gather = take(array)
-        rooms = numpy.empty((2, 0, width), dtype=numpy.uint8)
-        for start in range(0, int((self._stops - self._starts).max()), piece):
-            firsts = numpy.minimum(self._starts + start, self._stops)
-            lasts = numpy.minimum(firsts + piece, self._stops)
-            leaving, sent = self._leaving(firsts, lasts)
-            places, received = self._arriving(firsts, lasts)
-            room = max(len(leaving), len(places))
-            if room > rooms.shape[1]:
-                rooms = numpy.empty((2, room + room // 8, width), dtype=numpy.uint8)
-            outgoing, incoming = rooms[0, : len(leaving)], rooms[1, : len(places)]
-            gather(leaving, outgoing)
-            channel = new_channel(self._world)
-            run(
-                self._world,
-                all_to_all(_parts(incoming, received), _parts(outgoing, sent), channel),
-            )
-            here = self._starts[self._world.rank]
-            first, last = firsts[self._world.rank] - here, lasts[self._world.rank] - here
-            numpy.take(incoming, places, axis=0, out=result[first:last], mode="clip")
-            bar.advance(int((lasts - firsts).sum()) * width)
+        """Fill ``result``, a piece of it after the other, on all ranks at a time.
 
-    def _leaving(self, firsts: Indices, lasts: Indices) -> tuple[Indices, Indices]:
-        """This rank's samples that go to these places of each rank, and how many they are."""
+        While a piece travels the next one is gathered, and the one before is put into place.
+        """
+        width = result.shape[1]
+        piece = max(1, self._piece_bytes // max(1, width))
+        gather = take(array)
+        rooms = [numpy.empty((2, 0, width), dtype=numpy.uint8)] * self._in_flight
+        flying: deque[Callable[[], None]] = deque()
+
+        def land(work: Any, arrived: Rows, places: Indices, out: Rows, nbytes: int) -> None:
+            work.wait()
+            numpy.take(arrived, places, axis=0, out=out, mode="clip")
+            bar.advance(nbytes)
+
+        for number, begin in enumerate(range(0, int((self._stops - self._starts).max()), piece)):
+            if len(flying) == self._in_flight:
+                flying.popleft()()
+            firsts = numpy.minimum(self._starts + begin, self._stops)
+            lasts = numpy.minimum(firsts + piece, self._stops)
+            leaving = self._leaving(firsts, lasts)
+            places, received = self._arriving(firsts, lasts)
+            room = max(sum(map(len, leaving)), len(places))
+            at = number % self._in_flight
+            rooms[at] = _at_least(room, rooms[at])
+            arrived, departing = rooms[at][0, : len(places)], rooms[at][1]
+            incoming = _parts(arrived, received)
+            outgoing = _parts(departing, [len(rows) for rows in leaving])
+            outgoing[self._world.rank] = incoming[self._world.rank]  # which are in place at once
+            for rows, part in zip(leaving, outgoing, strict=True):
+                gather(rows, part)
+            channel = new_channel(self._world)
+            waits = all_to_all([*map(_flat, incoming)], [*map(_flat, outgoing)], channel)
+            first = int(firsts[self._world.rank]) - self._first
+            out = result[first : first + len(places)]
+            work = start(waits, self._world, out, async_=True)
+            nbytes = int((lasts - firsts).sum()) * width
+            flying.append(functools.partial(land, work, arrived, places, out, nbytes))
+        while flying:
+            flying.popleft()()
+
+    def _leaving(self, firsts: Indices, lasts: Indices) -> list[Indices]:
+        """This rank's samples that go to these places of each rank."""
         begins = numpy.searchsorted(self._targets, firsts)
         ends = numpy.searchsorted(self._targets, lasts)
         pairs = zip(begins.tolist(), ends.tolist(), strict=True)
-        return numpy.concatenate([self._local[begin:end] for begin, end in pairs]), ends - begins
+        return [self._local[begin:end] for begin, end in pairs]
 
-    def _arriving(self, firsts: Indices, lasts: Indices) -> tuple[Indices, Indices]:
+    def _arriving(self, firsts: Indices, lasts: Indices) -> tuple[Indices, list[int]]:
         """For each of this rank's places the row in which it arrives, and rows from each rank.
 
         Rows arrive rank after rank, and those of a rank by their place.
@@ -157,13 +182,20 @@ class _Exchange:
         ranks = numpy.searchsorted(self._stops, sources, side="right")
         rows = numpy.empty_like(sources)
         rows[numpy.argsort(ranks, kind="stable")] = numpy.arange(len(sources))
-        return rows, numpy.bincount(ranks, minlength=len(self._stops))
+        return rows, numpy.bincount(ranks, minlength=len(self._stops)).tolist()
 
 
-def _parts(rows: Rows, lengths: NDArray[Any]) -> list[torch.Tensor]:
-    """One after the other, as bytes."""
-    stops = numpy.cumsum(lengths)
-    return [
-        torch.from_numpy(rows[stop - length : stop]).view(-1)
-        for stop, length in zip(stops.tolist(), lengths.tolist(), strict=True)
-    ]
+def _at_least(length: int, room: Rows) -> Rows:
+    """The same room, or a larger one: both halves of it."""
+    if length <= room.shape[1]:
+        return room
+    return numpy.empty((2, length + length // 8, room.shape[2]), dtype=numpy.uint8)
+
+
+def _parts(rows: Rows, lengths: Iterable[int]) -> list[Rows]:
+    """One after the other."""
+    return [rows[start:stop] for start, stop in pairwise([0, *accumulate(lengths)])]
+
+
+def _flat(rows: Rows) -> torch.Tensor:
+    return torch.from_numpy(rows).view(-1)
