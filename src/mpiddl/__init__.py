@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from mpiddl import checkpoint as checkpoint
     from mpiddl import data as data
     from mpiddl.comm.world import World as World
     from mpiddl.comm.world import init as init
@@ -59,6 +60,7 @@ _HOMES = {
     "barrier": "mpiddl.overlap.calls",
     "broadcast": "mpiddl.overlap.calls",
     "broadcast_json": "mpiddl.overlap.calls",
+    "checkpoint": "mpiddl.checkpoint",
     "data": "mpiddl.data",
     "empty": "mpiddl.overlap.memory",
     "gather": "mpiddl.overlap.rooted",
@@ -89,6 +91,7 @@ __all__ = [
     "barrier",
     "broadcast",
     "broadcast_json",
+    "checkpoint",
     "data",
     "empty",
     "gather",

@@ -15,6 +15,7 @@ MpiddlError
  +-- PeerError             another library could not take part in a benchmark
  +-- OutputError           a result could not be written
  +-- RecordingError        a file of events or a trace cannot be read
+ +-- CheckpointError       a checkpoint could not be written, or none can be read
  +-- DataError             samples are missing, cut off, or not what they should be
 
 Each message says what happened, on which rank where that matters, and what to do.
@@ -24,6 +25,7 @@ Those that come of a caller's argument are ``ValueError`` too.
 from __future__ import annotations
 
 __all__ = [
+    "CheckpointError",
     "DataError",
     "GpuMemoryError",
     "GradientError",
@@ -138,6 +140,14 @@ class OutputError(MpiddlError):
 
 class RecordingError(MpiddlError, ValueError):
     """A file of events, or a trace made of such files, cannot be read."""
+
+
+class CheckpointError(MpiddlError):
+    """A checkpoint could not be written, is broken, or is of another job."""
+
+    def __init__(self, message: str, *, on_every_rank: bool = False) -> None:
+        super().__init__(message)
+        self.on_every_rank = on_every_rank
 
 
 class DataError(MpiddlError, ValueError):

@@ -23,7 +23,7 @@ _HOMES = {
     "TextLines": "mpiddl.data.readers.text",
     "broadcast_file": "mpiddl.data.file_broadcast",
     "ensemble": "mpiddl.data.ensembling",
-    "everywhere": "mpiddl.data.together",
+    "everywhere": "mpiddl.overlap.together",
     "gather_predictions": "mpiddl.data.predictions",
     "gather_tensors": "mpiddl.data.predictions",
     "loader": "mpiddl.data.loaders",

@@ -9,9 +9,9 @@ import numpy
 import torch
 
 from mpiddl.comm.world import World
-from mpiddl.data.together import raise_together
 from mpiddl.errors import DataError
 from mpiddl.overlap.calls import gather_json
+from mpiddl.overlap.together import raise_together
 
 __all__ = ["kind_of", "refuse_different", "refuse_unlike_samples"]
 

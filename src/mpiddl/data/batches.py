@@ -17,9 +17,9 @@ from mpiddl.data.shardings import Sharding
 from mpiddl.data.shardings.base import Ordered, Owned, facts_of
 from mpiddl.data.shardings.random import Random
 from mpiddl.data.shardings.weighted import Weighted, shares_of
-from mpiddl.data.together import raise_together
 from mpiddl.data.walks import Leg, OrderedWalk, OwnWalk, Place, Walk
 from mpiddl.errors import DataError
+from mpiddl.overlap.together import raise_together
 
 __all__ = ["ShardBatchSampler"]
 

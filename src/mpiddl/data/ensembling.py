@@ -6,9 +6,9 @@ import torch
 
 from mpiddl.comm.world import World, current_world
 from mpiddl.data.agreement import refuse_different
-from mpiddl.data.together import raise_together
 from mpiddl.overlap.arguments import describe_buffer
 from mpiddl.overlap.calls import all_reduce
+from mpiddl.overlap.together import raise_together
 
 __all__ = ["ensemble"]
 

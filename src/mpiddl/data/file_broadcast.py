@@ -15,8 +15,8 @@ import numpy
 from mpiddl.comm.world import World, current_world
 from mpiddl.data.progress_bar import progress
 from mpiddl.data.relay import PIECE_BYTES, Piece, Relay, check_same_root, reason_of, writers_of
-from mpiddl.data.together import raise_together
 from mpiddl.overlap.calls import gather_json
+from mpiddl.overlap.together import raise_together
 from mpiddl.segments import chunked
 from mpiddl.units import format_bytes
 

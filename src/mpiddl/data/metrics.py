@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from mpiddl.comm.world import World, current_world
 from mpiddl.data.predictions import gather_tensors
-from mpiddl.data.together import raise_together
 from mpiddl.errors import DataError
 from mpiddl.overlap.calls import all_reduce
+from mpiddl.overlap.together import raise_together
 
 __all__ = ["AUC", "Accuracy", "ConfusionMatrix", "Mean"]
 

@@ -18,9 +18,9 @@ from mpiddl.comm.world import World, current_world
 from mpiddl.data.fields import Array, Field, bytes_of, kind_of, lay_out, views_of
 from mpiddl.data.relay import PIECE_BYTES, Relay, check_same_root, reason_of, writers_of
 from mpiddl.data.shared_files import SharedFile, remove_unused
-from mpiddl.data.together import raise_together
 from mpiddl.errors import DataError
 from mpiddl.overlap.calls import gather_json
+from mpiddl.overlap.together import raise_together
 from mpiddl.segments import chunked, split
 from mpiddl.units import format_bytes
 

@@ -14,12 +14,12 @@ from mpiddl.buckets.agreement import odd_ones, who_has_what
 from mpiddl.collectives.channel import bytes_of
 from mpiddl.comm.world import World, current_world
 from mpiddl.data.agreement import refuse_different
-from mpiddl.data.together import raise_together
 from mpiddl.errors import DataError
 from mpiddl.overlap.arguments import check_root
 from mpiddl.overlap.calls import gather_json
 from mpiddl.overlap.exchange import all_gather
 from mpiddl.overlap.rooted import gather
+from mpiddl.overlap.together import raise_together
 
 __all__ = ["gather_predictions", "gather_tensors"]
 

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from mpiddl.comm.world import World
 from mpiddl.data.progress_bar import progress
-from mpiddl.data.together import raise_together
 from mpiddl.errors import DataError
 from mpiddl.overlap.calls import broadcast, gather_json
+from mpiddl.overlap.together import raise_together
 
 __all__ = ["PIECE_BYTES", "Relay", "check_same_root", "reason_of", "writers_of"]
 

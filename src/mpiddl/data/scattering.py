@@ -18,10 +18,10 @@ from mpiddl.data.rows import Kind, Rows, as_rows, kind_of_rows, room_for, take
 from mpiddl.data.shardings import Sharding
 from mpiddl.data.shardings import sharding as make_sharding
 from mpiddl.data.shardings.base import refuse_other_data
-from mpiddl.data.together import raise_together
 from mpiddl.errors import DataError
 from mpiddl.overlap.arguments import new_channel, run
 from mpiddl.overlap.calls import broadcast_json
+from mpiddl.overlap.together import raise_together
 
 __all__ = ["scatter"]
 

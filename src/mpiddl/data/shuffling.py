@@ -17,10 +17,10 @@ from mpiddl.data.agreement import refuse_different
 from mpiddl.data.permutation import Indices, Permutation
 from mpiddl.data.progress_bar import progress
 from mpiddl.data.rows import Rows, kind_of_rows, room_for, take
-from mpiddl.data.together import raise_together
 from mpiddl.errors import DataError
 from mpiddl.overlap.arguments import new_channel, start
 from mpiddl.overlap.calls import gather_json
+from mpiddl.overlap.together import raise_together
 
 __all__ = ["check_arrays", "shuffle"]
 

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from mpiddl.comm.world import World, current_world
 from mpiddl.data.labels import codes_of
-from mpiddl.data.together import raise_together
 from mpiddl.errors import DataError
 from mpiddl.overlap.calls import gather_json
+from mpiddl.overlap.together import raise_together
 
 __all__ = ["Skew", "skew", "skew_of"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mpiddl.comm.tuning import read_training, write_training
 from mpiddl.comm.world import World
@@ -87,6 +87,17 @@ class Calibration:
             found = read_training(self._world.settings.tune, self._world.layout, self._model)
         found = self._control.broadcast_json(found)
         return [choice for choice in choices if choice._asdict() == found] or choices
+
+    def settle(self, found: Any) -> None:
+        """Stay with a choice that an earlier job settled for, if it can be chosen here."""
+        kept = [choice for choice in self._choices if choice._asdict() == found]
+        if kept:
+            self._choices, self.present = kept, kept[0]
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is tried any more."""
+        return len(self._choices) == 1
 
     def after_backward(self) -> Choice | None:
         """What the next backward is to use, if that is something else. Collective at the end."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -239,6 +239,16 @@ class DataParallel(torch.nn.Module):
     def stats(self) -> Stats:
         """What the exchange has cost since the model was wrapped."""
         return Stats() if self._reducer is None else copy.deepcopy(self._reducer.count())
+
+    def choices(self) -> dict[str, Any]:
+        """What was found out in the first steps, about buckets and engine: plain JSON."""
+        return self.reducer.plans.describe()
+
+    def adopt_choices(self, found: Mapping[str, Any]) -> None:
+        """Begin with what ``choices()`` told in an earlier job, on as many ranks. Collective."""
+        self.synchronize()
+        reducer = self.reducer
+        reducer.plan_ahead(*reducer.plans.adopt(reducer.plan, found))
 
     def unwrap(self) -> torch.nn.Module:
         """Take the hooks off and return the model inside. Collective; the wrapper is of no use

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mpiddl.buckets import agreement
 from mpiddl.buckets.plan import BucketPlan, ParameterSpec, plan_buckets
@@ -38,6 +39,26 @@ class Plans:
         self._order = None
         choice = self._calibration.present
         return plan_buckets(specs, choice.bucket_size), choice
+
+    def describe(self) -> dict[str, Any]:
+        """What was found out: plain JSON, for ``adopt``."""
+        assert self._calibration is not None
+        settled = self._calibration.settled
+        return {
+            "settled": self._calibration.present._asdict() if settled else None,
+            "order": self._order,
+        }
+
+    def adopt(self, plan: BucketPlan, found: Mapping[str, Any]) -> tuple[BucketPlan, Choice]:
+        """What an earlier job with these parameters found out counts from the next backward on;
+        the same on every rank."""
+        assert self._calibration is not None
+        self._calibration.settle(found["settled"])
+        order = found["order"]
+        if order is not None and sorted(order) == list(range(len(plan.parameters))):
+            self._order = order
+        choice = self._calibration.present
+        return plan_buckets(plan.parameters, choice.bucket_size, order=self._order), choice
 
     def next(self, plan: BucketPlan, arrived: Sequence[int]) -> tuple[BucketPlan, Choice] | None:
         """What follows ``plan`` with the next backward, if it changes. Collective: all ranks come

@@ -56,7 +56,7 @@ class Reducer:
         number: Of this model among those of the process, in events.
         names, parameters: Those with dense gradients, in the model's order.
         sparse: The trained parameters with sparse gradients.
-        plan, gradients: Their buckets, and the buckets' memory.
+        plan, plans, gradients: Their buckets, how those change, and the buckets' memory.
         scheduler: The buckets of the present backward.
         reductions: How they are reduced.
         samples: Of this rank, inside ``batch()``.
@@ -97,7 +97,7 @@ class Reducer:
             BufferBroadcast(module, self._control) if options.broadcast_buffers else None
         )
         self._looks = options.nan_check != "off" or options.static_graph
-        self._plans = Plans(options, world, self._control)
+        self.plans = Plans(options, world, self._control)
         self._backward: int | None = None  # autograd's number for the one that runs
         self._next: tuple[BucketPlan, Choice] | None = None  # for the next backward
         self.replan()
@@ -117,13 +117,13 @@ class Reducer:
         sparse = [(name, parameter) for name, parameter in named if id(parameter) in others]
         self.sparse = SparseGradients([n for n, _ in sparse], [p for _, p in sparse])
         specs = [spec_of(name, parameter) for name, parameter in dense]
-        plan, choice = self._plans.first(specs)
+        plan, choice = self.plans.first(specs)
         if self._options.check:
             algorithm = self._options.algorithm
             agree_on_plan(self._module, plan, algorithm, self.sparse.names, self._control)
         self._arenas = arenas_for(plan, device_of(self.trained[0]), self.world)
         self.unused = Unused(self.parameters, self.names, self._options.static_graph)
-        self._plan_ahead(plan, choice)
+        self.plan_ahead(plan, choice)
         self._lay_out()
         attach(self, [*self.names, *self.sparse.names], self.trained)
 
@@ -132,7 +132,7 @@ class Reducer:
         """All trained parameters: those with dense gradients, then the others."""
         return [*self.parameters, *self.sparse.parameters]
 
-    def _plan_ahead(self, plan: BucketPlan, choice: Choice) -> None:
+    def plan_ahead(self, plan: BucketPlan, choice: Choice) -> None:
         """The next backward begins with this plan. Collective."""
         self.reductions.reserve(len(plan.buckets), device_of(self.trained[0]))
         self._next = plan, choice
@@ -293,9 +293,9 @@ class Reducer:
 
     def _look_ahead(self) -> None:
         """Agree on what changes with the next backward. All ranks come here together."""
-        following = self._plans.next(self.plan, self.scheduler.arrived)
+        following = self.plans.next(self.plan, self.scheduler.arrived)
         if following is not None:
-            self._plan_ahead(*following)
+            self.plan_ahead(*following)
         every = self._options.check_replicas_every
         if every and self.accounts.stats.backwards % every == 0:
             if self.deferral is not None:

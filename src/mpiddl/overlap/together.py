@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 from mpiddl.comm.world import World, current_world
-from mpiddl.errors import DataError
+from mpiddl.errors import CheckpointError, DataError
 from mpiddl.overlap.calls import gather_json
 
 __all__ = ["everywhere", "raise_together"]
@@ -35,12 +35,17 @@ def everywhere(function: Callable[P, T], *args: P.args, **options: P.kwargs) -> 
     return result  # type: ignore[return-value]
 
 
-def raise_together(problem: str | None, world: World | None = None) -> None:
-    """Raise DataError on every rank if one of them has a problem. Collective.
+def raise_together(
+    problem: str | None,
+    world: World | None = None,
+    kind: type[DataError | CheckpointError] = DataError,
+) -> None:
+    """Raise an error on every rank if one of them has a problem. Collective.
 
     Args:
         problem: What went wrong on this rank; None: nothing.
         world: The ranks; default those of ``mpiddl.init()``.
+        kind: Of the error.
     """
     world = world or current_world()
     found = gather_json([problem, world.hostname], world=world)
@@ -49,4 +54,4 @@ def raise_together(problem: str | None, world: World | None = None) -> None:
         return
     text, host = found[failed[0]]
     alike = len({words for words, _ in found}) == 1
-    raise DataError(text if alike else f"rank {failed[0]} on {host}: {text}", on_every_rank=True)
+    raise kind(text if alike else f"rank {failed[0]} on {host}: {text}", on_every_rank=True)

@@ -1,0 +1,114 @@
+"""Where checkpoints are: one folder each, which is there as a whole or not at all.
+
+checkpoints/
+    step-000000120/
+        index.json               what is in it, and the files' checksums
+        part-000.safetensors     tensors; as many files as ranks wrote
+    step-000000180/
+    .writing-step-000000240-k3x/ what a job that was killed had begun; the next save removes it
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from mpiddl.checkpoint.index import read_index
+from mpiddl.errors import CheckpointError
+from mpiddl.log import logger
+
+__all__ = [
+    "WRITING",
+    "begin_folder",
+    "checkpoints",
+    "finish_folder",
+    "flush_folder",
+    "latest",
+    "remove_old",
+]
+
+WRITING = ".writing-"
+_NAME = re.compile(r"step-(\d{9,})(?:-(\d+))?")
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """All that are in a folder, the newest last; broken ones too."""
+    found = []
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    for name in names:
+        match = _NAME.fullmatch(name)
+        if match:
+            found.append((int(match[1]), int(match[2] or 1), Path(folder) / name))
+    return [path for *_, path in sorted(found)]
+
+
+def latest(folder: str | Path) -> Path | None:
+    """The newest checkpoint in ``folder`` that is whole; None if there is none. Not collective.
+
+    Every file is read once and held against its checksum. What is truncated, corrupted or foreign
+    is reported, and the one before it is taken.
+
+    Raises:
+        OSError: The folder cannot be read.
+    """
+    for path in reversed(checkpoints(folder)):
+        try:
+            read_index(path).verify(path)
+        except CheckpointError as error:
+            logger.warning("%s; the checkpoint before it is taken", error)
+            continue
+        return path
+    return None
+
+
+def begin_folder(folder: Path, step: int) -> Path:
+    """A new place to write to. What killed jobs have left behind goes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(f"{WRITING}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{WRITING}step-{step:09d}-", dir=folder))
+
+
+def finish_folder(written: Path, folder: Path, step: int) -> Path:
+    """Give what was written its name, at once, for good."""
+    flush_folder(written)
+    written.chmod(0o777 & ~_umask())  # mkdtemp's is this user's alone
+    name = f"step-{step:09d}"
+    number = 1
+    while (folder / name).exists():  # the same step once more: never without the one before
+        number += 1
+        name = f"step-{step:09d}-{number}"
+    path = folder / name
+    written.rename(path)
+    flush_folder(folder)
+    return path
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def flush_folder(folder: Path) -> None:
+    """Names of files survive a power cut only once their folder is flushed."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_old(folder: Path, keep: int) -> None:
+    """All but the newest ``keep``."""
+    for path in checkpoints(folder)[:-keep]:
+        # Out of the way first: half a checkpoint must not be found.
+        gone = path.with_name(f"{WRITING}{path.name}-old")
+        path.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
