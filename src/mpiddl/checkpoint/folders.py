@@ -107,7 +107,8 @@ def flush_folder(folder: Path) -> None:
 
 def remove_old(folder: Path, keep: int) -> None:
     """All but the newest ``keep``."""
-    for path in checkpoints(folder)[:-keep]:
+    found = checkpoints(folder)
+    for path in found[: max(0, len(found) - keep)]:
         # Out of the way first: half a checkpoint must not be found.
         gone = path.with_name(f"{WRITING}{path.name}-old")
         path.rename(gone)

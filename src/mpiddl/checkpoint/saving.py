@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 
 import torch
 
-import mpiddl
 from mpiddl.checkpoint.folders import begin_folder, finish_folder, remove_old
 from mpiddl.checkpoint.generators import random_state
 from mpiddl.checkpoint.index import Index, write_index
@@ -97,7 +97,7 @@ def _choices(parts: dict[str, Any]) -> dict[str, Any]:
 
 def _versions() -> dict[str, str]:
     return {
-        "mpiddl": mpiddl.__version__,
+        "mpiddl": importlib.metadata.version("mpiddl"),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "mpi": str(library.describe()["library"]),

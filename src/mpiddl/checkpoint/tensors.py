@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from mpiddl.checkpoint.index import checksum
 from mpiddl.errors import CheckpointError
 
-__all__ = ["file_name", "read_tensors", "shares_of_writers", "write_tensors"]
+__all__ = ["file_name", "read_tensors", "shares_of_writers", "write_model", "write_tensors"]
 
 
 def file_name(number: int) -> str:
@@ -36,24 +36,46 @@ def write_tensors(path: Path, tensors: dict[int, torch.Tensor]) -> str:
     Raises:
         OSError: It could not be written.
     """
+    _write({str(number): tensor for number, tensor in tensors.items()}, path)
+    return checksum(path)
+
+
+def write_model(state: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write a model's ``state_dict()`` for others to use; the file is whole at any moment.
+
+    Raises:
+        OSError: It could not be written.
+    """
+    part = path.with_name(f".{path.name}")
+    try:
+        _write(state, part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _write(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     try:
-        # safetensors wants memory that is contiguous, and nobody else's
-        own = {str(number): _alone(tensor) for number, tensor in tensors.items()}
+        # safetensors wants memory that is contiguous, and that no other tensor shares
+        seen: set[int] = set()
+        own = {name: _alone(tensor, seen) for name, tensor in tensors.items()}
         save_file(own, path)
         with open(path, "rb") as file:
             os.fsync(file.fileno())
     except SafetensorError as error:
         raise OSError(None, str(error)) from None
-    return checksum(path)
 
 
-def _alone(tensor: torch.Tensor) -> torch.Tensor:
-    tensor = tensor.cpu()
+def _alone(tensor: torch.Tensor, seen: set[int]) -> torch.Tensor:
+    tensor = tensor.detach().cpu()
     whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-    return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
+    if whole and tensor.data_ptr() not in seen:
+        seen.add(tensor.data_ptr())
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def read_tensors(path: Path, files: Sequence[str], where: Sequence[int]) -> list[torch.Tensor]:

@@ -10,6 +10,7 @@ from functools import partial
 from multiprocessing.context import BaseContext
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from mpiddl.comm.world import current_world, is_running
@@ -60,6 +61,10 @@ def loader(
         options["worker_init_fn"] = partial(_start_worker, options.get("worker_init_fn"))
         # torch is imported once, by the server, and not again by each worker.
         multiprocessing.set_forkserver_preload([__name__])
+    # Its workers' seeds are not drawn from the rank's own random numbers: what a model draws
+    # after a job went on in mid-epoch must not depend on how often a loader was started.
+    if "generator" not in options:
+        options["generator"] = torch.Generator().manual_seed(torch.initial_seed())
     options.setdefault("pin_memory", is_running() and current_world().on_gpu)
     if batches is not None:
         if hasattr(batches, "collate"):

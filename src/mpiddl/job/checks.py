@@ -1,0 +1,45 @@
+"""Whether what a user typed can be used; typer prints the answer."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from pathlib import Path
+
+import typer
+
+from mpiddl.settings import ALGORITHM_NAMES
+from mpiddl.units import parse_bytes
+
+__all__ = ["known_algorithm", "positive", "size", "writable"]
+
+
+def known_algorithm(name: str | None) -> str | None:
+    if name is not None and name not in ALGORITHM_NAMES:
+        raise typer.BadParameter(f"{name!r} is none of {', '.join(ALGORITHM_NAMES)}")
+    return name
+
+
+def positive(value: float) -> float:
+    if not 0 < value < math.inf:
+        raise typer.BadParameter(f"{value} is not a positive number")
+    return value
+
+
+def size(text: str | None) -> str | None:
+    try:
+        if text is not None and text != "auto" and parse_bytes(text) < 1:
+            raise ValueError("must be positive")
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    return text
+
+
+def writable(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise typer.BadParameter(f"cannot write to {folder}: {error.strerror}") from None
+    return folder

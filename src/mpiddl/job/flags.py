@@ -1,0 +1,107 @@
+"""The flags that all training programs have, and how a program adds its own."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_origin, get_type_hints
+
+import typer
+
+from mpiddl.cli.run import run
+from mpiddl.job import checks
+from mpiddl.job.config import take_config
+from mpiddl.job.preemption import listen
+from mpiddl.settings import ALGORITHM_NAMES
+
+__all__ = ["Flags", "start"]
+
+
+@dataclass(kw_only=True)
+class Flags:
+    """A program derives from it, with a default ``out``; fields are typer options.
+
+    ``lr: float = 0.1`` in a derived class changes the default alone.
+    """
+
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training set.")] = 20
+    batch_size: Annotated[int, typer.Option(min=1, help="Global: over all ranks.")] = 64
+    lr: Annotated[float, typer.Option(callback=checks.positive, help="Learning rate.")] = 1e-3
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Of split, weights, order, dropout.")
+    ] = 0
+    out: Annotated[Path, typer.Option(callback=checks.writable, help="Folder for results.")]
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint in --out, if any.")
+    ] = False
+    checkpoint_every: Annotated[
+        int, typer.Option(min=0, help="Steps between checkpoints; 0: after each epoch.")
+    ] = 0
+    keep: Annotated[int, typer.Option(min=1, help="The newest checkpoints that are kept.")] = 3
+    algorithm: Annotated[
+        str | None,
+        typer.Option(
+            callback=checks.known_algorithm,
+            help=f"All-reduce: {', '.join(ALGORITHM_NAMES)}. [default: MPIDDL_ALGORITHM or auto]",
+        ),
+    ] = None
+    bucket_size: Annotated[
+        str | None,
+        typer.Option(
+            callback=checks.size,
+            help="Largest gradient bucket. [default: MPIDDL_BUCKET_SIZE or 25MiB]",
+        ),
+    ] = None
+
+
+F = TypeVar("F", bound=Flags)
+
+_CONFIG = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", is_eager=True, callback=take_config, help="TOML file with values of these."
+    ),
+]
+
+
+def start(main: Callable[[F], Any], flags: type[F]) -> None:
+    """Parse ``sys.argv`` into ``flags`` and call ``main`` with it.
+
+    Usage errors and ``--help`` are printed once, whatever the number of ranks. SIGUSR1 is kept for
+    ``Run`` from now on.
+    """
+
+    def command(config: Any = None, **values: Any) -> None:
+        main(flags(**values))
+
+    types = _types(flags)
+    parameters = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.default is MISSING else field.default,
+            annotation=types[field.name],
+        )
+        for field in fields(flags)
+    ]
+    config = inspect.Parameter(
+        "config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_CONFIG
+    )
+    command.__signature__ = inspect.Signature([*parameters, config])  # type: ignore[attr-defined]
+    command.__annotations__ = {**types, "config": _CONFIG}
+    command.__doc__ = main.__doc__
+    listen()
+    run(command)
+
+
+def _types(flags: type[Flags]) -> dict[str, Any]:
+    """Of each field; a bare type in a derived class keeps the options of the class it is from."""
+    types: dict[str, Any] = {}
+    for owner in reversed(flags.__mro__[:-1]):
+        hints = get_type_hints(owner, include_extras=True)
+        for name in inspect.get_annotations(owner):
+            if get_origin(hints[name]) is Annotated or name not in types:
+                types[name] = hints[name]
+    return types
