@@ -90,7 +90,9 @@ def read_index(path: Path) -> Index:
     try:
         head, _, body = file.read_text().partition("\n")
         header = json.loads(head)
-        body = body.removesuffix("\n")
+        if not body.endswith("\n"):
+            raise CheckpointError(f"{file} is truncated")
+        body = body[:-1]
         if header[FORMAT] != VERSION:
             raise CheckpointError(
                 f"{file} has version {header[FORMAT]}, this mpiddl reads {VERSION}"

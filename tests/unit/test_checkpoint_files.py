@@ -1,0 +1,154 @@
+"""Checkpoints as files: what is whole, what is not, and which is taken."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mpiddl.checkpoint.folders import begin_folder, checkpoints, finish_folder, latest, remove_old
+from mpiddl.checkpoint.index import Index, read_index, write_index
+from mpiddl.checkpoint.tensors import read_tensors, shares_of_writers, write_model, write_tensors
+from mpiddl.errors import CheckpointError
+
+
+def write(folder, step):
+    """One with two files and three tensors."""
+    path = begin_folder(folder, step)
+    tensors = [torch.full((50,), float(step)), torch.arange(4), torch.empty(0, 3)]
+    first = write_tensors(path / "part-000.safetensors", {0: tensors[0], 2: tensors[2]})
+    second = write_tensors(path / "part-001.safetensors", {1: tensors[1]})
+    files = [("part-000.safetensors", first), ("part-001.safetensors", second)]
+    write_index(path, Index(step, {}, [0, 1, 0], files, [[0, 1]], [], {}, {}))
+    return finish_folder(path, folder, step)
+
+
+def test_the_newest_is_found_by_number_and_comes_back(tmp_path):
+    for step in (9, 10, 1_000_000_000, 200):
+        write(tmp_path, step)
+    path = latest(tmp_path)
+    index = read_index(path)
+    assert index.step == 1_000_000_000
+    whole, numbers, nothing = read_tensors(path, [name for name, _ in index.files], index.tensors)
+    assert torch.equal(whole, torch.full((50,), 1e9))
+    assert numbers.tolist() == [0, 1, 2, 3]
+    assert nothing.shape == (0, 3)
+
+
+def test_checksums_are_those_of_sha256sum(tmp_path):
+    path = write(tmp_path, 1)
+    for name, checksum in read_index(path).files:
+        told = subprocess.run(
+            ["sha256sum", path / name], capture_output=True, text=True, check=True
+        )
+        assert told.stdout.split()[0] == checksum
+
+
+@pytest.mark.parametrize("name", ["index.json", "part-000.safetensors", "part-001.safetensors"])
+@pytest.mark.parametrize("harm", ["truncated", "changed", "longer", "missing", "empty", "foreign"])
+def test_a_broken_one_is_reported_and_the_one_before_it_is_taken(tmp_path, caplog, name, harm):
+    write(tmp_path, 1)
+    good = write(tmp_path, 2)
+    file = write(tmp_path, 3) / name
+    content = bytearray(file.read_bytes())
+    if harm == "truncated":
+        content = content[:-1]
+    elif harm == "changed":
+        content[-3] ^= 1
+    elif harm == "longer":
+        content += b"0"
+    elif harm == "empty":
+        content = b""
+    elif harm == "foreign":
+        content = b'{"format": "another"}\n'
+    if harm == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(content)
+
+    assert latest(tmp_path) == good
+    assert str(file) in caplog.text
+
+
+def test_an_index_with_other_contents_is_found_out(tmp_path):
+    """Its own checksum: a step that was edited, say."""
+    path = write(tmp_path, 7)
+    text = (path / "index.json").read_text()
+    (path / "index.json").write_text(text.replace('"step": 7', '"step": 8'))
+    with pytest.raises(CheckpointError, match="another checksum"):
+        read_index(path)
+
+
+def test_another_version_is_told(tmp_path):
+    path = write(tmp_path, 7)
+    text = (path / "index.json").read_text()
+    (path / "index.json").write_text(
+        text.replace('"mpiddl_checkpoint": 1', '"mpiddl_checkpoint": 2')
+    )
+    with pytest.raises(CheckpointError, match="version 2, this mpiddl reads 1"):
+        read_index(path)
+
+
+def test_where_nothing_is(tmp_path, caplog):
+    (tmp_path / "step-000000001").mkdir()
+    (tmp_path / "step-x").mkdir()
+    (tmp_path / "notes.txt").touch()
+    assert latest(tmp_path / "none") is None
+    assert latest(tmp_path) is None
+    assert "step-000000001" in caplog.text
+
+
+def test_the_same_step_once_more_is_newer_and_takes_nothing_away(tmp_path):
+    first, second = write(tmp_path, 5), write(tmp_path, 5)
+    assert first != second
+    assert checkpoints(tmp_path) == [first, second]
+    assert latest(tmp_path) == second
+
+
+@pytest.mark.parametrize("keep", [0, 1, 2, 5])
+def test_only_the_newest_are_kept(tmp_path, keep):
+    made = [write(tmp_path, step) for step in range(4)]
+    remove_old(tmp_path, keep)
+    assert checkpoints(tmp_path) == (made[-keep:] if keep else [])
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+
+
+def test_what_a_killed_job_began_goes_and_was_never_found(tmp_path):
+    good = write(tmp_path, 1)
+    left = begin_folder(tmp_path, 2)
+    (left / "part-000.safetensors").write_bytes(b"half")
+    assert latest(tmp_path) == good
+    begin_folder(tmp_path, 3)
+    assert not left.exists()
+
+
+@given(st.lists(st.integers(0, 1000), max_size=30), st.integers(1, 5))
+def test_writers_share_evenly(nbytes, writers):
+    owners = shares_of_writers(nbytes, writers)
+    loads = [0] * writers
+    for size, owner in zip(nbytes, owners, strict=True):
+        loads[owner] += size
+    assert len(owners) == len(nbytes)
+    assert max(loads) - min(loads) <= max(nbytes, default=0)
+
+
+def test_a_models_tied_and_transposed_weights_can_be_written(tmp_path):
+    from safetensors.torch import load_file
+
+    weight = torch.arange(6.0).view(2, 3)
+    state = {"a": weight, "tied": weight, "turned": weight.T, "part": weight[:1]}
+    write_model(state, tmp_path / "model.safetensors")
+    found = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+    assert os.listdir(tmp_path) == ["model.safetensors"]
+
+
+def test_the_index_is_json_in_two_lines(tmp_path):
+    head, body = (write(tmp_path, 3) / "index.json").read_text().splitlines()
+    assert json.loads(head)["mpiddl_checkpoint"] == 1
+    assert json.loads(body)["step"] == 3
