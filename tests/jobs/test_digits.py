@@ -19,7 +19,7 @@ def test_defaults_reach_the_accuracy(start, tmp_path):
     assert rows[-1]["test_accuracy"] >= 0.97
     assert all(0 <= row["exposed_share"] < 1 and row["samples_per_second"] > 0 for row in rows)
     assert job.out.count("epoch ") == 20
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
     from safetensors.torch import load_file
 

@@ -29,7 +29,7 @@ def write(folder, step):
 
 
 def test_the_newest_is_found_by_number_and_comes_back(tmp_path):
-    for step in (9, 10, 1_000_000_000, 200):
+    for step in (9, 10, 1_000_000_000, 200, 999_999_999):
         write(tmp_path, step)
     path = latest(tmp_path)
     index = read_index(path)

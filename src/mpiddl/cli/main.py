@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import mpiddl
-from mpiddl.cli import bench, data, doctor, trace, tune
+from mpiddl.cli import bench, data, doctor, slurm, trace, tune
 from mpiddl.cli.run import deferred, run
 
 __all__ = ["app", "main"]
@@ -20,6 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("doctor")(deferred(doctor.doctor))
+app.command("slurm", context_settings=slurm.CONTEXT)(deferred(slurm.slurm))
 app.command("tune")(deferred(tune.tune))
 app.add_typer(bench.app, name="bench")
 app.add_typer(data.app, name="data")

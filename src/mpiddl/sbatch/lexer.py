@@ -1,27 +1,17 @@
-"""Reads a bash script into its commands: their words and lines, and what surrounds them.
+"""Cuts a bash script into words, operators and comments, with their lines.
 
-As much of bash as a check of job scripts needs. Nothing is run or expanded: ``$NAME`` and
-``$(...)`` stay as they are written. Expressions in ``((...))`` and ``[[...]]`` come out as odd
-commands, which nobody takes for a launcher. (bashlex, the parser on PyPI, is under the GPL, and
-reads no here-document whose delimiter is quoted.)
+Nothing is expanded: ``$NAME`` and ``$(...)`` stay as they are written.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
-__all__ = ["Command", "Comment", "ShellError", "read_commands"]
+__all__ = ["Comment", "Lexer", "ShellError", "Token"]
 
 _OPERATOR = re.compile(r"&&|\|\||;;&|;;|;&|\|&|<<<|<<-|<<|>>|<&|>&|&>>|&>|<>|>\||[;&|()<>\n]")
-_REDIRECTIONS = {"<", ">", ">>", "<&", ">&", "&>", "&>>", "<>", ">|", "<<<"}
-_ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(?:\[[^]]*\])?(\+?)=(.*)", re.DOTALL)
-_OPENERS = {"if": "fi", "while": "done", "until": "done", "for": "done", "select": "done"}
-_CLOSERS = {"fi", "done", "esac", "}"}
-_CONDITIONS = {"if", "elif", "while", "until"}
-_ENDS_OF_CONDITIONS = {"then", "do", "else"}
 
 
 class ShellError(ValueError):
@@ -29,81 +19,43 @@ class ShellError(ValueError):
 
 
 class Comment(NamedTuple):
-    """From the ``#`` on; ``indented`` says whether blanks stand in front, on a line of its own."""
+    """A line that is a comment: from its ``#`` on.
+
+    Attributes:
+        indented: Blanks stand in front.
+        late: Something else than comments stands above.
+    """
 
     line: int
     text: str
     indented: bool
-    commands_before: int
+    late: bool
 
 
-@dataclass
-class Command:
-    """A simple command.
+class Token(NamedTuple):
+    """A word without its quotes, or an operator; for ``NAME=(...)`` the array's words too."""
 
-    Attributes:
-        words: Without quotes, assignments and redirections.
-        assigned: ``NAME=value`` in front; an array's words as a list, ``+=`` as the name's end.
-        function: The function in whose body it stands.
-        background: An ``&`` follows it, or the list or group that it is part of.
-        piped: Its output goes into another command, which makes the status.
-        checked: Its status decides what runs next: a condition, or a ``||`` follows.
-        repeated: It stands in a loop.
-    """
-
-    line: int
-    words: list[str] = field(default_factory=list)
-    assigned: dict[str, str | list[str]] = field(default_factory=dict)
-    function: str | None = None
-    background: bool = False
-    piped: bool = False
-    checked: bool = False
-    repeated: bool = False
-
-
-class _Token(NamedTuple):
     line: int
     text: str
     is_word: bool
     array: list[str] | None = None
 
 
-@dataclass
-class _Group:
-    """``closer`` ends it; where its list and its part of a pipe began."""
+class Lexer:
+    """Of one script. ``comments`` is complete when ``tokens`` has ended."""
 
-    closer: str
-    list_start: int
-    part_start: int
-    function: str | None = None
-
-
-def read_commands(text: str) -> tuple[list[Command], list[Comment]]:
-    """All commands in the order of the file, and all comments.
-
-    Raises:
-        ShellError: A quote, a bracket or a here-document does not end.
-    """
-    reader = _Reader(text)
-    for token in reader.lexer.tokens():
-        reader.take(token)
-    reader.end_command("\n")
-    return reader.commands, reader.lexer.comments
-
-
-class _Lexer:
     def __init__(self, text: str) -> None:
         self.text = text
         self.at = 0
         self.comments: list[Comment] = []
-        self.commands_before = 0  # the reader counts
+        self._started = False
         self._documents: list[tuple[str, bool]] = []
 
     @property
     def line(self) -> int:
         return self.text.count("\n", 0, self.at) + 1
 
-    def tokens(self, until: str = "") -> Iterator[_Token]:
+    def tokens(self, until: str = "") -> Iterator[Token]:
         """Words and operators, up to the operator ``until``."""
         while self.at < len(self.text):
             if blank := re.compile(r"[ \t\r]+|\\\n").match(self.text, self.at):
@@ -111,7 +63,9 @@ class _Lexer:
             elif self.text[self.at] == "#":
                 self._comment()
             elif self.text.startswith(("<(", ">("), self.at):
-                yield _Token(self.line, self._word(), True)
+                yield Token(self.line, self._word(), True)
+            elif arithmetic := self._arithmetic():
+                yield Token(self.line, arithmetic, True)
             elif operator := _OPERATOR.match(self.text, self.at):
                 line, self.at = self.line, operator.end()
                 if operator.group() == until:
@@ -121,8 +75,11 @@ class _Lexer:
                     continue
                 if operator.group() == "\n":
                     self._skip_documents()
-                yield _Token(line, operator.group(), False)
+                else:
+                    self._started = True
+                yield Token(line, operator.group(), False)
             else:
+                self._started = True
                 yield from self._word_or_array()
         if until:
             raise ShellError(f"a {until!r} is missing")
@@ -134,21 +91,32 @@ class _Lexer:
         before = self.text[begin : self.at]
         if not before.strip():
             text = self.text[self.at : end]
-            self.comments.append(Comment(self.line, text, bool(before), self.commands_before))
+            self.comments.append(Comment(self.line, text, bool(before), self._started))
         self.at = end
 
-    def _word_or_array(self) -> Iterator[_Token]:
+    def _arithmetic(self) -> str:
+        """``((...))``, in which ``<<`` means something else; empty if it is not here."""
+        begin = self.at
+        if self.text.startswith("((", begin):
+            text = self._brackets("(", ")")
+            if text.endswith("))"):
+                self._started = True
+                return text
+            self.at = begin
+        return ""
+
+    def _word_or_array(self) -> Iterator[Token]:
         line, word = self.line, self._word()
         if self.text.startswith("(", self.at) and re.fullmatch(r"[A-Za-z_]\w*\+?=", word):
             self.at += 1
             words = [token.text for token in self.tokens(until=")") if token.is_word]
-            yield _Token(line, word, True, words)
+            yield Token(line, word, True, words)
         elif not (word.isdigit() and self.text.startswith(("<", ">"), self.at)):  # 2> is no word
-            yield _Token(line, word, True)
+            yield Token(line, word, True)
 
     def _word(self) -> str:
         """Up to a blank or an operator, without quotes."""
-        parts = []
+        parts: list[str] = []
         while self.at < len(self.text):
             rest = self.text[self.at]
             if rest in " \t\r\n;&|":
@@ -185,7 +153,8 @@ class _Lexer:
         return found.group(1)
 
     def _double_quoted(self) -> str:
-        begin, parts = self.line, []
+        begin = self.line
+        parts: list[str] = []
         self.at += 1
         while self.at < len(self.text):
             rest = self.text[self.at]

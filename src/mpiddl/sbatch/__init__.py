@@ -1,0 +1,1 @@
+"""Batch scripts of Slurm: written, read, and held against the known traps."""
