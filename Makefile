@@ -1,5 +1,6 @@
 # make train [NP=2]      two ranks train a real model on real data
 # make test              every test: unit, house, whole jobs, 1 to 4 ranks, hosts, three MPIs
+# make test-slurm        a private Slurm of two nodes runs the scripts of jobs/slurm; root
 # make test-gpu          on this node's GPUs; ARGS="--ranks 1,2 --suites gpu -- -k races" for some of it
 # make bench             against MPI, gloo and torch DDP: tables in docs/performance.md
 # make bench-gpu         the same for GPUs, both stagings; needs a GPU, exits 2 without
@@ -31,12 +32,12 @@ RUN = MPI=$(MPI) tools/mpirun -n
 PYTEST := python -m pytest -q
 STAGED := all_reduce collectives data_parallel engine every_collective nodes overlapped_optimizer windows
 
-.PHONY: help install train test test-unit test-house test-jobs test-cluster test-mpich test-intel test-late test-gpu \
+.PHONY: help install train test test-unit test-house test-jobs test-cluster test-mpich test-intel test-late test-slurm test-gpu \
 	bench lab-bench bench-gpu lab gpu-env check clean FORCE
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -11
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -12
 
 # Set-up. A stamp is newer than the files that decide what is installed, so a second call is quick.
 
@@ -87,8 +88,8 @@ train: install
 
 # Tests.
 
-test: test-unit test-house test-jobs test-ranks-1 test-ranks-2 test-ranks-3 test-ranks-4 test-late test-cluster \
-	test-mpich test-intel
+# Three ranks are MPICH's and Intel MPI's.
+test: test-unit test-house test-jobs test-ranks-1 test-ranks-2 test-ranks-4 test-late test-cluster test-mpich test-intel
 
 test-unit: install
 	$(BIN)/$(PYTEST) tests/unit
@@ -98,6 +99,10 @@ test-house: install
 
 test-jobs: install
 	MPI=$(MPI) $(BIN)/$(PYTEST) tests/jobs
+
+# Two nodes of a private Slurm; root, and Debian's packages: `sudo python tools/slurm_lab --install`
+test-slurm: install .venv/.mpich
+	$(BIN)/python tools/slurm_lab -- $(abspath $(BIN))/$(PYTEST) tests/slurm $(ARGS)
 
 test-cluster: install
 	MPI=$(MPI) $(BIN)/$(PYTEST) tests/cluster

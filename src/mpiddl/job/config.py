@@ -32,9 +32,10 @@ def take_config(context: typer.Context, path: Path | None) -> Path | None:
             raise typer.BadParameter(f"{path} has an unknown key {name!r}; valid are {known}")
         if isinstance(value, dict | list):
             raise typer.BadParameter(f"{path}: {name} must be one value, not {value!r}")
-    # As text they are checked like what is typed: click would make 1 of 1.5.
+    # As text they are checked like what is typed: else 1.5 and true would pass for 1.
     context.default_map = {
-        name: value if isinstance(value, bool) else str(value) for name, value in values.items()
+        name: str(value).lower() if isinstance(value, bool) else str(value)
+        for name, value in values.items()
     }
     return path
 

@@ -16,7 +16,7 @@ from mpiddl.job.config import take_config
 from mpiddl.job.preemption import listen
 from mpiddl.settings import ALGORITHM_NAMES
 
-__all__ = ["Flags", "start"]
+__all__ = ["Flags", "command_of", "start"]
 
 
 @dataclass(kw_only=True)
@@ -72,28 +72,31 @@ def start(main: Callable[[F], Any], flags: type[F]) -> None:
     Usage errors and ``--help`` are printed once, whatever the number of ranks. SIGUSR1 is kept for
     ``Run`` from now on.
     """
+    listen()
+    run(command_of(main, flags))
+
+
+def command_of(main: Callable[[F], Any], flags: type[F]) -> Callable[..., None]:
+    """``main`` as a function whose parameters typer can read: the flags, and ``--config``."""
 
     def command(config: Any = None, **values: Any) -> None:
         main(flags(**values))
 
-    types = _types(flags)
+    types = _types(flags) | {"config": _CONFIG}
+    defaults = {field.name: field.default for field in fields(flags)} | {"config": None}
     parameters = [
         inspect.Parameter(
-            field.name,
+            name,
             inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if field.default is MISSING else field.default,
-            annotation=types[field.name],
+            default=inspect.Parameter.empty if default is MISSING else default,
+            annotation=types[name],
         )
-        for field in fields(flags)
+        for name, default in defaults.items()
     ]
-    config = inspect.Parameter(
-        "config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_CONFIG
-    )
-    command.__signature__ = inspect.Signature([*parameters, config])  # type: ignore[attr-defined]
-    command.__annotations__ = {**types, "config": _CONFIG}
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = types
     command.__doc__ = main.__doc__
-    listen()
-    run(command)
+    return command
 
 
 def _types(flags: type[Flags]) -> dict[str, Any]:
