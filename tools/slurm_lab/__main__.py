@@ -76,7 +76,9 @@ def _refuse_unsuitable_machines() -> None:
     if not sys.platform.startswith("linux"):
         raise LabError(f"needs Linux's namespaces, and this is {sys.platform}")
     if os.geteuid() != 0:
-        raise LabError("needs root, to make namespaces and install: sudo python tools/slurm_lab ...")
+        raise LabError(
+            "needs root, to make namespaces and install: sudo python tools/slurm_lab ..."
+        )
 
 
 def _missing() -> list[str]:
@@ -95,9 +97,9 @@ def _install() -> None:
     if shutil.which("apt-get") is None:
         raise LabError(f"--install needs apt-get; install by hand: {', '.join(_missing())}")
     for command in (UPDATE, INSTALL):
-        # Packages that start services try to: the lab starts its own.
+        # RUNLEVEL: no service is started, the lab starts its own.
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
-        done = subprocess.run(
+        done = subprocess.run(  # noqa: S603 - constants
             command,
             env=environment,
             stdin=subprocess.DEVNULL,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -24,12 +26,12 @@ GENERAL = f"""\
 ClusterName=lab
 SlurmUser=root
 AuthType=auth/munge
-# A requeued job waits until its old credential has expired: 2 minutes by default.
-AuthInfo=socket={MUNGE_SOCKET},cred_expire=2
+# A requeued job waits until its old credential has expired, 2 minutes by default (5 s at least).
+AuthInfo=socket={MUNGE_SOCKET},cred_expire=5
 StateSaveLocation={FOLDER}/state
 # One for each slurmd (%n): they run on one file system, and PMIx's sockets are in there.
 SlurmdSpoolDir={FOLDER}/spool-%n
-TmpFS={FOLDER}/tmp-%n
+TmpFS={FOLDER}/local-%n
 SlurmdPidFile={FOLDER}/slurmd-%n.pid
 SlurmctldPidFile={FOLDER}/slurmctld.pid
 # Without cgroups, which belong to the machine.
@@ -59,7 +61,7 @@ def write_configuration(nodes: Sequence[_Host], login: _Host, cpus: int, gpus: i
     """Write all files of the cluster, and make the folders that its daemons expect."""
     lines = [GENERAL, f"SlurmctldHost={login.name}({login.address})"]
     for node in nodes:
-        for kind in ("spool", "tmp"):
+        for kind in ("spool", "local"):
             (FOLDER / f"{kind}-{node.name}").mkdir()
         size = f"CPUs={cpus} CoresPerSocket={cpus} RealMemory=4000"
         size += f" Gres=gpu:{gpus}" if gpus else ""
@@ -74,8 +76,8 @@ def write_configuration(nodes: Sequence[_Host], login: _Host, cpus: int, gpus: i
 
 
 def _gpus(number: int) -> str:
-    """Slurm hands out files, and never opens them without cgroups: any will do."""
+    """Slurm hands out device files, and never opens them: copies of /dev/null will do."""
     files = [FOLDER / f"gpu{index}" for index in range(number)]
     for file in files:
-        file.touch()
+        os.mknod(file, 0o600 | stat.S_IFCHR, Path("/dev/null").stat().st_rdev)
     return "".join(f"Name=gpu File={file}\n" for file in files)

@@ -1,7 +1,7 @@
 """The lab's first process, in namespaces of its own. When it ends, all of the lab is gone.
 
-    host1, host2, ...: a slurmd each            last host, the login node: slurmctld, the command
-                                 munged: one for all, in the lab
+Hosts are namespaces, as in benchmarks/lab: host1, host2, ... with a slurmd each are the nodes, and
+the last one is the login node, where slurmctld and the command run. One munged serves all.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _Daemons:
 
     def start(self, name: str, command: Sequence[str], environment: dict[str, str]) -> None:
         with (LOGS / f"{name}.log").open("w") as log:
-            self._processes[name] = subprocess.Popen(
+            self._processes[name] = subprocess.Popen(  # noqa: S603 - Slurm's
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
 
@@ -65,8 +65,12 @@ def _ends(what: str, names: Iterable[str]) -> str:
     return "\n".join(lines)
 
 
+def _call(*command: str) -> None:
+    subprocess.run(command, check=True)  # noqa: S603 - constants
+
+
 def _start_munge(daemons: _Daemons) -> None:
-    subprocess.run(["mungekey", "--create", "--keyfile", str(MUNGE_KEY)], check=True)
+    _call("mungekey", "--create", "--keyfile", str(MUNGE_KEY))
     files = {"key-file": MUNGE_KEY, "socket": MUNGE_SOCKET}
     files |= {f"{kind}-file": FOLDER / f"munge.{kind}" for kind in ("pid", "log", "seed")}
     flags = [f"--{name}={path}" for name, path in files.items()]
@@ -84,10 +88,10 @@ def _start_slurm(
     query = login.command("sinfo", "--noheader", "--Node", "--format=%T", "--partition=main")
 
     def are_idle() -> bool:
-        states = subprocess.run(
+        asked = subprocess.run(  # noqa: S603 - Slurm's
             query, env=environment, capture_output=True, text=True, check=False
-        ).stdout.split()
-        return states == ["idle"] * len(nodes)
+        )
+        return asked.stdout.split() == ["idle"] * len(nodes)
 
     daemons.wait_until(are_idle, "the nodes")
 
@@ -106,7 +110,7 @@ def _environment(hosts: Sequence[Host]) -> dict[str, str]:
 
 
 def _run(plan: dict[str, Any]) -> int:
-    subprocess.run(["mount", "-t", "tmpfs", "slurm_lab", str(RUN)], check=True)
+    _call("mount", "-t", "tmpfs", "slurm_lab", str(RUN))
     for folder in (FOLDER, LOGS, TMPDIR):
         folder.mkdir(mode=0o755, parents=True)
     TMPDIR.chmod(0o1777)
@@ -117,9 +121,17 @@ def _run(plan: dict[str, Any]) -> int:
     daemons = _Daemons()
     _start_munge(daemons)
     _start_slurm(nodes, login, environment, daemons)
-    return subprocess.run(
-        login.command(*plan["command"]), env=environment, check=False
-    ).returncode
+    return _run_to_its_end(login.command(*plan["command"]), environment)
+
+
+def _run_to_its_end(command: Sequence[str], environment: dict[str, str]) -> int:
+    """Run it, and take leave of all orphans meanwhile: they are the first process's children."""
+    process = subprocess.Popen(command, env=environment)  # noqa: S603 - the user's
+    while True:
+        ended, status = os.wait()
+        if ended == process.pid:
+            process.returncode = os.waitstatus_to_exitcode(status)
+            return process.returncode
 
 
 def main() -> int:

@@ -1,0 +1,29 @@
+#!/bin/bash
+# Train with MPICH, on this machine or on several that ssh reaches. No scheduler.
+#
+#     jobs/mpirun/mpich.sh                                     # the digits
+#     HOSTFILE=mine RANKS=8 jobs/mpirun/mpich.sh train.py      # a program of yours
+#
+# Needs: an MPICH: `make install MPI=mpich`, or the cluster's (then set MPIEXEC and MPI4PY_LIBMPI).
+# A line of the hostfile is `node1:4`: a name, and how many ranks run there.
+set -euo pipefail
+
+RANKS=${RANKS:-2}                              # on all hosts together
+HOSTFILE=${HOSTFILE:-}                         # empty: this machine
+THREADS=${THREADS:-1}                          # torch's threads a rank
+
+VENV=${VENV:-$PWD/.venv}
+MPIEXEC=${MPIEXEC:-$VENV/mpich/bin/mpiexec}
+export MPI4PY_LIBMPI=${MPI4PY_LIBMPI:-$VENV/mpich/lib/libmpi.so.12}
+export PATH=$VENV/bin:$PATH
+export OMP_NUM_THREADS=$THREADS
+
+if [ $# -eq 0 ]; then
+    set -- jobs/digits.py --epochs 20 --out runs/mpich
+fi
+
+hosts=()
+if [ -n "$HOSTFILE" ]; then
+    hosts=(-f "$HOSTFILE")
+fi
+exec "$MPIEXEC" "${hosts[@]}" -n "$RANKS" python "$@"
