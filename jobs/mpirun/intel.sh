@@ -19,6 +19,10 @@ export PATH=$VENV/bin:$PATH
 export OMP_NUM_THREADS=$THREADS
 export I_MPI_PIN_DOMAIN=${I_MPI_PIN_DOMAIN:-omp}   # as many cores a rank as it has threads
 
+if ! command -v "$MPIEXEC" > /dev/null; then
+    echo "no $MPIEXEC; run \`make install MPI=intel\`, or set MPIEXEC and MPI4PY_LIBMPI" >&2
+    exit 2
+fi
 if [ $# -eq 0 ]; then
     set -- jobs/digits.py --epochs 20 --out runs/intel
 fi

@@ -18,6 +18,10 @@ export MPI4PY_LIBMPI=${MPI4PY_LIBMPI:-$VENV/mpich/lib/libmpi.so.12}
 export PATH=$VENV/bin:$PATH
 export OMP_NUM_THREADS=$THREADS
 
+if ! command -v "$MPIEXEC" > /dev/null; then
+    echo "no $MPIEXEC; run \`make install MPI=mpich\`, or set MPIEXEC and MPI4PY_LIBMPI" >&2
+    exit 2
+fi
 if [ $# -eq 0 ]; then
     set -- jobs/digits.py --epochs 20 --out runs/mpich
 fi

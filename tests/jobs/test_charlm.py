@@ -62,7 +62,8 @@ def test_what_follows_is_not_seen_before():
 
 
 def test_windows_cover_the_text():
-    windows = module("charlm").Windows(torch.arange(31), 10)
+    dataset = module("charlm").Windows(torch.arange(31), 10)
+    windows = [dataset[number] for number in range(len(dataset))]
     assert len(windows) == 3
     assert torch.cat([codes for codes, _ in windows]).tolist() == list(range(30))
     assert all(torch.equal(codes + 1, following) for codes, following in windows)

@@ -93,7 +93,15 @@ def test_mpirun_on_two_hosts(slurm, program, tmp_path, script):
     assert sorted(hosts) == ["host1", "host2"], job.stdout
 
 
-def test_no_hostfile(slurm, program):
+@pytest.mark.parametrize("script", ["mpich.sh", "intel.sh"])
+def test_no_such_mpi(program, script):
+    job = start(script, program, MPIEXEC="/nowhere")
+
+    assert job.returncode == 2
+    assert "no /nowhere; run `make install MPI=" in job.stderr
+
+
+def test_no_hostfile(program):
     job = start("hostfile.sh", program, HOSTFILE="/nowhere")
 
     assert job.returncode == 2

@@ -75,6 +75,30 @@ def test_an_option_keeps_its_checks_when_its_default_changes(call):
     assert "not a positive number" in text
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--epochs", "many"], "--epochs"),
+        (["--batch-size", "-1"], "--batch-size"),
+        (["--lr", "0"], "not a positive number"),
+        (["--lr", "nan"], "not a positive number"),
+        (["--lr", "inf"], "not a positive number"),
+        (["--seed", "99999999999999999999999"], "--seed"),
+        (["--seed", "-1"], "--seed"),
+        (["--algorithm", "tree"], "is none of auto, shared"),
+        (["--bucket-size", "big"], "not a size"),
+        (["--bucket-size", "0"], "must be positive"),
+        (["--out", "/proc/none"], "cannot write"),
+        (["--keep", "0"], "--keep"),
+    ],
+    ids=lambda value: "=".join(value) if isinstance(value, list) else "",
+)
+def test_bad_flags_are_told(call, flags, words):
+    status, said = call(*flags)
+    assert status == 2
+    assert words in said
+
+
 def test_a_file_gives_values_and_what_is_typed_counts_more(call, config):
     flags = call(
         *config('epochs = 3\nbatch-size = 10\nlr = 0.5\ndeep = true\nout = "here"'), "--lr", "0.125"

@@ -57,7 +57,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="slurm_lab", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--install", action="store_true", help="the Debian packages, first")
+    parser.add_argument("--install", action="store_true", help="Debian's packages, first")
     parser.add_argument("--nodes", type=_whole(16), default=2)
     parser.add_argument("--cpus", type=_whole(256), default=2, help="that each node claims")
     parser.add_argument("--gpus", type=_whole(16), default=2, help="that each node pretends")
@@ -97,7 +97,7 @@ def _install() -> None:
     if shutil.which("apt-get") is None:
         raise LabError(f"--install needs apt-get; install by hand: {', '.join(_missing())}")
     for command in (UPDATE, INSTALL):
-        # RUNLEVEL: no service is started, the lab starts its own.
+        # RUNLEVEL: the packages shall start no services, the lab has its own.
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
         done = subprocess.run(  # noqa: S603 - constants
             command,
