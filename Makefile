@@ -101,7 +101,7 @@ test-jobs: install
 	MPI=$(MPI) $(BIN)/$(PYTEST) tests/jobs
 
 # Two nodes of a private Slurm; root, and Debian's packages: `sudo python tools/slurm_lab --install`
-test-slurm: install .venv/.mpich
+test-slurm: install $(VENV)/.mpich $(VENV)/.intel
 	$(BIN)/python tools/slurm_lab -- $(abspath $(BIN))/$(PYTEST) tests/slurm $(ARGS)
 
 test-cluster: install

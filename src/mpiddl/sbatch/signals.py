@@ -106,7 +106,8 @@ def _first_to_leave(script: Script) -> Iterator[Finding]:
     if "scontrol requeue" not in script.text or not _traps(script):
         return
     for launch in script.launches:
-        if launch.is_srun and launch.options.get("kill-on-bad-exit", "0") != "0":
+        kills = launch.options.get("kill-on-bad-exit", "0") != "0"
+        if launch.is_srun and kills and launch.options.get("mpi") != "pmi2":  # which needs it
             what = "--kill-on-bad-exit: the first rank that has saved its state ends the others"
             yield Finding(launch.command.line, what, "write --kill-on-bad-exit=0")
 

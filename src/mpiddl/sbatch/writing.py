@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import signal
 from dataclasses import dataclass
 from pathlib import PurePath
 
@@ -14,7 +13,6 @@ __all__ = ["MPIS", "Batch", "check_name", "check_time", "quote", "write_script"]
 MPIS = ("pmix", "pmi2", "mpirun")
 SECONDS_TO_SAVE = 60
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: with what a job ends that has saved its state
-KILLED = 128 + signal.SIGUSR1
 MOST_RESTARTS = 100
 
 _TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}")
@@ -168,7 +166,8 @@ def _launcher(batch: Batch) -> str:
         return 'mpirun -n "$SLURM_NTASKS" --bind-to none'
     bind = "" if batch.gpus_per_node is None else " --gpu-bind=none"
     cores = '--cpus-per-task="$SLURM_CPUS_PER_TASK"'
-    return f"srun --mpi={batch.mpi}{bind} {cores} --kill-on-bad-exit={0 if batch.requeue else 1}"
+    kills = 0 if batch.requeue and batch.mpi == "pmix" else 1
+    return f"srun --mpi={batch.mpi}{bind} {cores} --kill-on-bad-exit={kills}"
 
 
 def _why(batch: Batch) -> str:
@@ -180,7 +179,11 @@ def _why(batch: Batch) -> str:
         lines.append(
             "# Each rank sees all GPUs of its node: bound to one, it could not read others' memory."
         )
-    if batch.requeue:
+    if batch.mpi == "pmi2":
+        lines.append(
+            "# Without --kill-on-bad-exit the others would wait for a rank that was killed."
+        )
+    elif batch.requeue:
         lines.append(
             "# Not --kill-on-bad-exit=1: the first rank to leave would have the others killed."
         )
@@ -197,7 +200,7 @@ signals=0
 step=
 hand_on() {{
     signals=$((signals + 1))
-    kill -USR1 "$step" || true
+    kill -USR1 "$step" 2>/dev/null || true
 }}
 trap hand_on USR1
 
@@ -212,8 +215,9 @@ while [ "$seen" != "$signals" ]; do
     wait "$step" || status=$?
 done
 
-# {TRY_AGAIN}: a checkpoint is saved. {KILLED}: the signal came while the program was starting.
-if [ "$status" = {TRY_AGAIN} ] || [ "$status" = {KILLED} ]; then
+# {TRY_AGAIN}: a checkpoint is saved. Over 128: the signal killed the program while that was
+# starting, or the first rank to leave had the others killed.
+if [ "$status" = {TRY_AGAIN} ] || {{ [ "$signals" -gt 0 ] && [ "$status" -gt 128 ]; }}; then
     if [ "${{SLURM_RESTART_COUNT:-0}}" -ge "$MOST_RESTARTS" ]; then
         echo "started $((MOST_RESTARTS + 1)) times: giving up" >&2
     else
