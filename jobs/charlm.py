@@ -1,7 +1,7 @@
 """Train a small GPT on a text, one character at a time, and let it write.
 
     mpirun -n 2 python jobs/charlm.py --out runs/charlm
-    mpirun -n 2 python jobs/charlm.py --data book.txt --d-model 256 --layers 6 --context 256
+    mpirun -n 2 python jobs/charlm.py --data book.txt --d-model 256 --layers 6 --lr 1e-3
 
 Without --data the text is Python's help on its own language, which every Python brings along. In
 half a minute (two ranks, two cores) its last tenth, which the model was not shown, costs less than
@@ -154,7 +154,9 @@ class Flags(job.Flags):
     epochs: int = 3
     batch_size: int = 16
     lr: float = 1e-2
-    data: Annotated[Path | None, typer.Option(help="Text file. [default: Python's help]")] = None
+    data: Annotated[
+        Path | None, typer.Option(help="A text file; without it: Python's help on itself.")
+    ] = None
     d_model: Annotated[int, typer.Option(min=1, help="Width of the model.")] = 64
     layers: Annotated[int, typer.Option(min=1, help="Blocks of the model.")] = 2
     heads: Annotated[int, typer.Option(min=1, help="Of attention; they share the width.")] = 4

@@ -5,8 +5,9 @@
     mpirun -n 2 python jobs/textclass.py --data mails    # mails/ham/*.txt, mails/spam/*.txt
 
 Without --data the texts are docstrings of Python's standard library, and the class is the package
-they are from, one of eight; the largest has 18% of them. A bag of words is right about more than
-80% of those it was not shown, a transformer about more than 70%; 10 and 20 seconds on two ranks.
+they are from, one of eight; the largest has 18% of them. Of those that it was not shown a bag of
+words gets 83% right, or 79% with another --seed, a transformer 73%; in 10 and 20 seconds on two
+ranks. Classes have the numbers of their names in alphabetical order.
 What mpiddl needs is marked (1) to (6); the rest is what the same program would do on one rank.
 """
 
@@ -156,7 +157,7 @@ class Flags(job.Flags):
     lr: float = 5e-3
     data: Annotated[
         Path | None,
-        typer.Option(help="A folder for each class, with .txt files. [default: docstrings]"),
+        typer.Option(help="Has a folder of .txt files for each class; without it: docstrings."),
     ] = None
     model: Annotated[Kind, typer.Option(help="What reads the words.")] = Kind.bag
     words: Annotated[int, typer.Option(min=2, help="Of a text, that are read.")] = 64

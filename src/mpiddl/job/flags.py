@@ -44,14 +44,14 @@ class Flags:
         str | None,
         typer.Option(
             callback=checks.known_algorithm,
-            help=f"All-reduce: {', '.join(ALGORITHM_NAMES)}. [default: MPIDDL_ALGORITHM or auto]",
+            help=f"All-reduce: {', '.join(ALGORITHM_NAMES)}. Default: MPIDDL_ALGORITHM, or auto.",
         ),
     ] = None
     bucket_size: Annotated[
         str | None,
         typer.Option(
             callback=checks.size,
-            help="Largest gradient bucket. [default: MPIDDL_BUCKET_SIZE or 25MiB]",
+            help="Largest gradient bucket. Default: MPIDDL_BUCKET_SIZE, or 4MiB (25MiB on a GPU).",
         ),
     ] = None
 

@@ -38,7 +38,9 @@ class Run:
         world: The ranks.
         model: That is trained; ``finish`` checks that replicas are equal and writes it.
         optimizer: Part of checkpoints.
-        batches: What deals samples out; ``epochs`` tells it the epoch.
+        batches: What deals samples out; ``epochs`` tells it the epoch, and it goes on in mid-epoch.
+            Without it an epoch that was begun is begun again: have one step in each, and leave
+            out the one that ``steps`` has counted already.
         parts: More that checkpoints hold: whatever has ``state_dict()`` and ``load_state_dict()``.
 
     Attributes:
