@@ -20,14 +20,12 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 
+from namespaces import run_in_namespaces
 from network import Links
 
 HERE = Path(__file__).parent
@@ -104,47 +102,12 @@ def _refuse_unsuitable_machines() -> None:
         sys.exit(f"lab: {', '.join(missing)} missing; install iproute2 and util-linux")
 
 
-def _first_process(unshare: int) -> int | None:
-    """The process that all others of the lab die with."""
-    try:
-        children = Path(f"/proc/{unshare}/task/{unshare}/children").read_text().split()
-    except OSError:
-        return None
-    return int(children[0]) if children else None
-
-
-def _run(plan: dict[str, object]) -> int:
-    """Run ``inside.py`` in namespaces of its own; returns its exit status."""
-    # Each process dies with the one that started it, so a lab that is killed with SIGKILL leaves
-    # none behind either.
-    namespaces = ["setpriv", "--pdeathsig", "KILL", "unshare", "--fork", "--kill-child"]
-    namespaces += ["--pid", "--mount-proc", "--net", "--mount"]
-    inside = [sys.executable, str(HERE / "inside.py"), json.dumps(plan)]
-    process = subprocess.Popen([*namespaces, *inside])
-    stopped_by: list[int] = []
-
-    def stop(number: int, _frame: FrameType | None) -> None:
-        stopped_by.append(number)
-        first = _first_process(process.pid)
-        if first is None:  # not yet started
-            process.kill()
-        else:
-            # unshare returns when the kernel has ended every process of the namespace.
-            os.kill(first, signal.SIGKILL)
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)
-    status = process.wait()
-    if stopped_by:
-        return 128 + stopped_by[0]
-    return status if status >= 0 else 128 - status
-
-
 def main(arguments: Sequence[str]) -> int:
     options = _options(arguments)
     _refuse_unsuitable_machines()
     links = Links(options.rate, options.delay, options.loss)
-    return _run({**vars(options), "links": asdict(links)})
+    plan = json.dumps({**vars(options), "links": asdict(links)})
+    return run_in_namespaces([sys.executable, str(HERE / "inside.py"), plan])
 
 
 if __name__ == "__main__":

@@ -25,9 +25,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from namespaces import run_in_namespaces
-
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1] / "benchmarks" / "lab"))
+
+from namespaces import run_in_namespaces  # noqa: E402
+
 TOOLS = ("ip", "tc", "unshare", "nsenter", "setpriv", "mount")
 DAEMONS = ("munged", "mungekey", "slurmctld", "slurmd", "sbatch", "srun")
 LIBRARIES = ("libpmix.so", "libpmi2.so.0")

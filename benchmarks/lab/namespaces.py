@@ -23,7 +23,7 @@ def run_in_namespaces(command: Sequence[str]) -> int:
     # Each process dies with the one that started it: of SIGKILL here, too.
     namespaces = ["setpriv", "--pdeathsig", "KILL", "unshare", "--fork", "--kill-child"]
     namespaces += ["--pid", "--mount-proc", "--net", "--mount"]
-    process = subprocess.Popen([*namespaces, *command])  # noqa: S603 - it runs what it is told
+    process = subprocess.Popen([*namespaces, *command])
     stopped_by: list[int] = []
 
     def stop(number: int, _frame: FrameType | None) -> None:
