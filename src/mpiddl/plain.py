@@ -9,7 +9,7 @@ from typing import Any
 import numpy
 import torch
 
-__all__ = ["decode", "encode"]
+__all__ = ["decode", "encode", "gapless"]
 
 
 def encode(value: Any, where: str) -> tuple[Any, list[torch.Tensor]]:
@@ -34,7 +34,7 @@ class _Tensors:
 
     def number(self, tensor: torch.Tensor) -> int:
         place: object = id(tensor)
-        if tensor.layout is torch.strided and tensor.numel():
+        if tensor.numel():
             place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
         if place not in self._numbers:
             self._numbers[place] = len(self.tensors)
@@ -46,7 +46,9 @@ def _encode(value: Any, found: _Tensors, where: str) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, torch.Tensor):
-        return {"tensor": found.number(value.detach())}
+        if value.layout is not torch.strided or value.is_meta:
+            raise TypeError(f"{where} is a sparse tensor, or one without memory: pass a dense one")
+        return {"tensor": found.number(value.detach().resolve_conj().resolve_neg())}
     if isinstance(value, numpy.ndarray | numpy.generic) and value.dtype.kind in "biufc":
         kind = "array" if isinstance(value, numpy.ndarray) else "scalar"
         return {kind: found.number(torch.from_numpy(numpy.array(value)))}
@@ -91,3 +93,11 @@ def decode(value: Any, tensors: Sequence[torch.Tensor]) -> Any:
         raise ValueError(f"unknown kind {kind!r}")
     items = [decode(item, tensors) for item in content]
     return items if kind == "list" else tuple(items)
+
+
+def gapless(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` itself where its elements are one piece of memory, else a copy that is."""
+    tensor = tensor.detach()
+    if tensor.stride() == torch.empty_like(tensor, device="meta").stride():
+        return tensor
+    return tensor.contiguous()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import random
@@ -23,11 +24,15 @@ DIGITS = ["python", "jobs/digits.py", "--epochs", "2", "--batch-size", "64"]
 STEPS = 2 * 23
 DEADLINE = 60
 KILLS = 100
+PREPARED = ("mpiddl.checkpoint.saving", "mpiddl.checkpoint.loading", "safetensors.torch")
+"""What writers need, but MPI."""
 
 
 def test_a_writer_that_is_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
     """100 times: it goes on from what it finds, and writes until it is killed."""
     torch.set_num_threads(1)  # what forks must have no threads
+    for name in PREPARED:
+        importlib.import_module(name)
     random.seed(0)
     unfinished = 0
     reported = 0
@@ -54,7 +59,7 @@ def test_a_writer_that_is_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_pat
             continue
         index = read_index(path)
         assert reported <= index.step <= reported + 1  # the last line may be lost with the writer
-        tensors = read_tensors(path, [name for name, _ in index.files], index.tensors)
+        tensors = read_tensors(path, index)
         assert all(bool((tensor == index.step).all()) for tensor in tensors)
         reported = index.step
     assert reported > KILLS / 4
@@ -169,9 +174,60 @@ def test_a_finished_run_can_be_started_anew(start, tmp_path):
         assert job.status == 0, job.both
         assert job.out.count("epoch ") == 1
     assert len(checkpoints(tmp_path / "checkpoints")) == 1
+    assert (tmp_path / "finished").exists()
     job = start(2, [*DIGITS, *flags, "--epochs", "2", "--resume"])
     assert "epoch   2/2" in job.out
     assert "epoch   1/2" not in job.out
+
+
+def test_who_goes_on_with_a_finished_run_has_not_finished(start, tmp_path, clean_environment):
+    """Or a new start would take the checkpoints away."""
+    assert start(1, [*DIGITS, "--epochs", "1", "--out", str(tmp_path)]).status == 0
+    job = _launch(tmp_path, "--epochs", "9", "--resume", "--checkpoint-every", "1")
+    _wait_for(lambda: _last_step(tmp_path) > STEPS / 2, job)
+    job.kill()
+    job.communicate(timeout=DEADLINE)
+    job = start(2, [*DIGITS, "--out", str(tmp_path)])
+    assert job.status == 2
+    assert "of a run that is not finished" in job.err
+
+
+WORKERS = """
+    import os, signal, torch, mpiddl
+    from dataclasses import dataclass
+    from pathlib import Path
+    from mpiddl import job
+
+    @dataclass
+    class Flags(job.Flags):
+        out: Path = Path({out!r})
+
+    def main(flags):
+        world = mpiddl.init(device="cpu")
+        model = mpiddl.DataParallel(torch.nn.Linear(4, 1))
+        data = torch.utils.data.TensorDataset(torch.randn(400, 4))
+        batches = mpiddl.ShardBatchSampler(data, world, batch_size=8)
+        loader = mpiddl.data.loader(data, batches=batches, num_workers=1)
+        run = job.Run(flags, world, model=model, batches=batches)
+        for _ in run.epochs():
+            for step, (x,) in enumerate(loader):
+                with model.batch(local=len(x), total=batches.total_at(step)):
+                    model(x).square().mean().backward()
+                if run.steps == 9:  # as launchers do: everybody whom this rank has started
+                    os.killpg(os.getpgid(0), signal.SIGUSR1)
+                run.step(len(x))
+            run.epoch_ends()
+
+    if __name__ == "__main__":
+        os.setpgid(0, 0)
+        job.start(main, Flags)
+"""
+
+
+def test_a_signal_to_all_processes_of_a_rank_spares_its_loaders_workers(start, tmp_path):
+    job = start(2, WORKERS.format(out=str(tmp_path / "out")))
+    assert job.status == 75, job.both
+    assert "SIGUSR1: saved after step 10" in job.out
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")

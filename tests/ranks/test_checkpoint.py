@@ -14,6 +14,7 @@ from torch.nn.functional import mse_loss
 import mpiddl
 from mpiddl.checkpoint.folders import checkpoints
 from mpiddl.checkpoint.index import read_index
+from mpiddl.comm.tuning import Choice
 from mpiddl.errors import CheckpointError
 
 ROWS = 37
@@ -194,7 +195,14 @@ def test_a_corrupted_one_is_passed_over(world, folder):
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        (lambda world: Training(world, width=17), r"'0.weight' is \[16, 6\] in the checkpoint"),
+        (
+            lambda world: Training(world, width=17),
+            r"'0.weight' is float64\[16, 6\] in the checkpoint",
+        ),
+        (
+            lambda world: Training(world).model.float(),
+            r"is float64\[16, 6\] .*, float32\[16, 6\] in this",
+        ),
         (lambda world: nn.Linear(6, 16), "of another model"),
     ],
 )
@@ -232,6 +240,68 @@ def test_what_cannot_be_written_is_an_error_on_every_rank(world, folder, sharded
     with pytest.raises(CheckpointError, match="no checkpoint was written to") as caught:
         mpiddl.checkpoint.save(blocked, 1, value=torch.ones(3), sharded=sharded)
     assert caught.value.on_every_rank
+
+
+def test_fused_optimizers_of_channels_last_models_go_on_with_the_same_bits(world, folder):
+    """They go through weights and their state as flat memory."""
+
+    def make():
+        torch.manual_seed(1)
+        model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        return model, torch.optim.Adam(model.parameters(), lr=0.1, fused=True)
+
+    def step(model, optimizer):
+        optimizer.zero_grad()
+        model(torch.linspace(0, 1, 108).view(1, 3, 6, 6)).square().mean().backward()
+        optimizer.step()
+
+    whole, again = make(), make()
+    step(*whole)
+    mpiddl.checkpoint.save(folder, 1, model=whole[0], optimizer=whole[1])
+    step(*whole)
+    mpiddl.checkpoint.load(folder, model=again[0], optimizer=again[1])
+    step(*again)
+    assert torch.equal(again[0].weight, whole[0].weight)
+
+
+def test_where_none_can_be_read_nothing_begins_anew(world, folder):
+    path = mpiddl.checkpoint.save(folder, 1, value=1)
+    if world.rank == 0:
+        (path / "index.json").write_text("")
+    mpiddl.barrier()
+    with pytest.raises(CheckpointError, match="none of the checkpoints in"):
+        mpiddl.checkpoint.load(folder)
+
+
+def test_what_safetensors_does_not_know_is_an_error_on_every_rank(world, folder):
+    tensor = torch.ones(3, dtype=torch.complex128)
+    with pytest.raises(CheckpointError, match="no checkpoint was written"):
+        mpiddl.checkpoint.save(folder, 1, value=tensor)
+    assert not list(folder.glob(".writing*"))
+    mpiddl.barrier()
+
+
+def test_a_sampler_that_goes_on_at_the_very_end_of_an_epoch_has_whole_ones_after_it(world):
+    def sampler():
+        return mpiddl.ShardBatchSampler(ROWS, world, batch_size=8, seed=1)
+
+    whole, again = sampler(), sampler()
+    list(whole)
+    again.load_state_dict(whole.state_dict(len(whole)))
+    assert list(again) == []
+    assert list(again) == list(whole)
+
+
+def test_what_a_new_table_says_holds_for_calls_that_were_made_before(world):
+    """The quick way of small all-reduces remembers; the long way (of an array) looks it up."""
+    before = world.tuned
+    try:
+        mpiddl.all_reduce(torch.ones(4))
+        world.tuned = [Choice(None, "ring", 1 << 20)]
+        buffer = torch.ones(4) if world.rank == 0 else numpy.ones(4, dtype=numpy.float32)
+        assert mpiddl.all_reduce(buffer).sum() == 4 * world.size
+    finally:
+        world.tuned = before
 
 
 def test_bad_arguments(world, folder):

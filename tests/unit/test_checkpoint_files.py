@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -16,6 +17,8 @@ from mpiddl.checkpoint.index import Index, read_index, write_index
 from mpiddl.checkpoint.tensors import read_tensors, shares_of_writers, write_model, write_tensors
 from mpiddl.errors import CheckpointError
 
+STRIDES = [[1], [1], [3, 1]]
+
 
 def write(folder, step):
     """One with two files and three tensors."""
@@ -24,7 +27,7 @@ def write(folder, step):
     first = write_tensors(path / "part-000.safetensors", {0: tensors[0], 2: tensors[2]})
     second = write_tensors(path / "part-001.safetensors", {1: tensors[1]})
     files = [("part-000.safetensors", first), ("part-001.safetensors", second)]
-    write_index(path, Index(step, {}, [0, 1, 0], files, [[0, 1]], [], {}, {}))
+    write_index(path, Index(step, {}, [0, 1, 0], STRIDES, files, [[0, 1]], [], {}, {}))
     return finish_folder(path, folder, step)
 
 
@@ -34,7 +37,7 @@ def test_the_newest_is_found_by_number_and_comes_back(tmp_path):
     path = latest(tmp_path)
     index = read_index(path)
     assert index.step == 1_000_000_000
-    whole, numbers, nothing = read_tensors(path, [name for name, _ in index.files], index.tensors)
+    whole, numbers, nothing = read_tensors(path, index)
     assert torch.equal(whole, torch.full((50,), 1e9))
     assert numbers.tolist() == [0, 1, 2, 3]
     assert nothing.shape == (0, 3)
@@ -110,12 +113,24 @@ def test_the_same_step_once_more_is_newer_and_takes_nothing_away(tmp_path):
     assert latest(tmp_path) == second
 
 
-@pytest.mark.parametrize("keep", [0, 1, 2, 5])
+@pytest.mark.parametrize("keep", [1, 2, 5])
 def test_only_the_newest_are_kept(tmp_path, keep):
     made = [write(tmp_path, step) for step in range(4)]
-    remove_old(tmp_path, keep)
-    assert checkpoints(tmp_path) == (made[-keep:] if keep else [])
+    remove_old(tmp_path, keep, made[-1])
+    assert checkpoints(tmp_path) == made[-keep:]
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_later_steps_of_another_course_are_put_aside(tmp_path, caplog, keep):
+    """A job that went on from step 100: what it had written later is not where it goes on."""
+    before, _, _ = (write(tmp_path, step) for step in (100, 120, 140))
+    just = write(tmp_path, 110)
+    remove_old(tmp_path, keep, just)
+    assert checkpoints(tmp_path) == [before, just][-keep:]
+    aside = sorted(path.name[:24] for path in tmp_path.glob("abandoned-*"))
+    assert aside == ["abandoned-step-000000120", "abandoned-step-000000140"]
+    assert "another course" in caplog.text
 
 
 def test_what_a_killed_job_began_goes_and_was_never_found(tmp_path):
@@ -125,6 +140,32 @@ def test_what_a_killed_job_began_goes_and_was_never_found(tmp_path):
     assert latest(tmp_path) == good
     begin_folder(tmp_path, 3)
     assert not left.exists()
+
+
+def test_tensors_come_back_in_their_strides_and_in_memory_of_their_own(tmp_path):
+    tensor = torch.arange(24.0).view(2, 3, 2, 2).to(memory_format=torch.channels_last)
+    digest = write_tensors(tmp_path / "a.safetensors", {0: tensor})
+    index = Index(0, {}, [0], [list(tensor.stride())], [("a.safetensors", digest)], [], [], {}, {})
+    (found,) = read_tensors(tmp_path, index)
+    (tmp_path / "a.safetensors").write_bytes(b"")  # it was mapped no longer
+    assert torch.equal(found, tensor)
+    assert found.stride() == tensor.stride()
+
+
+def test_an_index_that_names_other_files_is_refused(tmp_path):
+    path = begin_folder(tmp_path, 1)
+    write_index(path, Index(1, {}, [], [], [("../secret", "0")], [], [], {}, {}))
+    with pytest.raises(CheckpointError, match="files that are not beside it"):
+        read_index(path)
+
+
+@pytest.mark.parametrize("body", ["[" * 100_000, '{"files": 5}', "5"])
+def test_an_index_of_another_shape_is_refused(tmp_path, body):
+    digest = hashlib.sha256(body.encode()).hexdigest()
+    head = json.dumps({"mpiddl_checkpoint": 1, "sha256": digest})
+    (tmp_path / "index.json").write_text(f"{head}\n{body}\n")
+    with pytest.raises(CheckpointError, match="no checkpoint of mpiddl's"):
+        read_index(tmp_path)
 
 
 @given(st.lists(st.integers(0, 1000), max_size=30), st.integers(1, 5))

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from pathlib import Path
 
 from mpiddl.checkpoint.index import read_index
@@ -27,10 +27,12 @@ __all__ = [
     "finish_folder",
     "flush_folder",
     "latest",
+    "remove",
     "remove_old",
 ]
 
 WRITING = ".writing-"
+ABANDONED = "abandoned-"
 _NAME = re.compile(r"step-(\d{9,})(?:-(\d+))?")
 
 
@@ -72,13 +74,14 @@ def begin_folder(folder: Path, step: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(f"{WRITING}*"):
         shutil.rmtree(left, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=f"{WRITING}step-{step:09d}-", dir=folder))
+    path = folder / f"{WRITING}step-{step:09d}-{secrets.token_hex(4)}"
+    path.mkdir()
+    return path
 
 
 def finish_folder(written: Path, folder: Path, step: int) -> Path:
     """Give what was written its name, at once, for good."""
     flush_folder(written)
-    written.chmod(0o777 & ~_umask())  # mkdtemp's is this user's alone
     name = f"step-{step:09d}"
     number = 1
     while (folder / name).exists():  # the same step once more: never without the one before
@@ -90,12 +93,6 @@ def finish_folder(written: Path, folder: Path, step: int) -> Path:
     return path
 
 
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
-
-
 def flush_folder(folder: Path) -> None:
     """Names of files survive a power cut only once their folder is flushed."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -105,11 +102,24 @@ def flush_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def remove_old(folder: Path, keep: int) -> None:
-    """All but the newest ``keep``."""
+def remove_old(folder: Path, keep: int, just: Path) -> None:
+    """All but ``just``, the one that was written last, and the newest of those before it.
+
+    Those with a later step are of another course of the job, which began anew from an earlier one,
+    or broken. They keep their files, but not their names: nobody is to go on from them by mistake.
+    """
     found = checkpoints(folder)
-    for path in found[: max(0, len(found) - keep)]:
-        # Out of the way first: half a checkpoint must not be found.
-        gone = path.with_name(f"{WRITING}{path.name}-old")
-        path.rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
+    at = found.index(just)
+    for path in found[at + 1 :]:
+        aside = path.with_name(f"{ABANDONED}{path.name}-{secrets.token_hex(4)}")
+        path.rename(aside)
+        logger.warning("%s is of another course of this job; it is %s now", path, aside.name)
+    for path in found[: max(0, at + 1 - keep)]:
+        remove(path)
+
+
+def remove(path: Path) -> None:
+    """A checkpoint; half of one is never found."""
+    gone = path.with_name(f"{WRITING}{path.name}-old")
+    path.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)

@@ -30,6 +30,7 @@ class Index:
         step: Of the job.
         parts: The states by name, as ``mpiddl.plain`` writes them.
         tensors: For each tensor the number of the file that it is in.
+        strides: For each tensor those that it had; files have all in the order of their dimensions.
         files: Name and SHA-256 of each file, in order.
         nodes: Ranks of each node of the job that wrote it.
         random: State of the random generators of each rank.
@@ -40,6 +41,7 @@ class Index:
     step: int
     parts: dict[str, Any]
     tensors: list[int]
+    strides: list[list[int]]
     files: list[tuple[str, str]]
     nodes: list[list[int]]
     random: list[dict[str, Any]]
@@ -99,8 +101,11 @@ def read_index(path: Path) -> Index:
             )
         if header["sha256"] != hashlib.sha256(body.encode()).hexdigest():
             raise CheckpointError(f"{file} is truncated or corrupted: another checksum")
-        return Index(**json.loads(body))
+        index = Index(**json.loads(body))
+        if any(Path(name).name != name for name, _ in index.files):
+            raise CheckpointError(f"{file} names files that are not beside it")
+        return index
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror}") from None
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         raise CheckpointError(f"{file} is truncated, or no checkpoint of mpiddl's") from None

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mpiddl.checkpoint.folders import latest
+from mpiddl.checkpoint.folders import checkpoints, latest
 from mpiddl.checkpoint.generators import set_random_state
 from mpiddl.checkpoint.index import INDEX, Index, read_index
 from mpiddl.checkpoint.tensors import read_tensors
+from mpiddl.collectives.channel import bytes_of
 from mpiddl.comm.tuning import Choice
 from mpiddl.comm.world import World, current_world
 from mpiddl.errors import CheckpointError
@@ -68,7 +69,7 @@ def load(folder: str | Path, *, world: World | None = None, **parts: Any) -> Che
             found = _find(Path(folder))
             if found is not None:
                 index = read_index(found)
-                tensors = read_tensors(found, [name for name, _ in index.files], index.tensors)
+                tensors = read_tensors(found, index)
                 told = [os.fspath(found), vars(index), [_describe(tensor) for tensor in tensors]]
         except CheckpointError as error:
             problem = str(error)
@@ -81,22 +82,31 @@ def load(folder: str | Path, *, world: World | None = None, **parts: Any) -> Che
         return None
     path, facts, shapes = told
     if world.rank != 0:
-        tensors = [torch.empty(shape, dtype=getattr(torch, name)) for name, shape in shapes]
+        tensors = [
+            torch.empty_strided(shape, strides, dtype=getattr(torch, name), device="cpu")
+            for name, shape, strides in shapes
+        ]
     for tensor in tensors:
         if tensor.numel():
-            broadcast(tensor.view(-1).view(torch.uint8), world=world)
+            broadcast(bytes_of(tensor), world=world)
     return _restore(Path(path), Index(**facts), tensors, parts, world)
 
 
 def _find(folder: Path) -> Path | None:
     if not (folder / INDEX).exists():
-        return latest(folder)
+        found = latest(folder)
+        if found is None and checkpoints(folder):
+            raise CheckpointError(
+                f"none of the checkpoints in {folder} can be read; remove them to begin anew"
+            )
+        return found
     read_index(folder).verify(folder)
     return folder
 
 
-def _describe(tensor: torch.Tensor) -> tuple[str, list[int]]:
-    return str(tensor.dtype).removeprefix("torch."), list(tensor.shape)
+def _describe(tensor: torch.Tensor) -> tuple[str, list[int], list[int]]:
+    name = str(tensor.dtype).removeprefix("torch.")
+    return name, list(tensor.shape), list(tensor.stride())
 
 
 def _restore(
@@ -111,7 +121,7 @@ def _restore(
                 part.load_state_dict(states[name])
     except CheckpointError as error:
         problem = str(error)
-    except (ValueError, LookupError, TypeError, RuntimeError) as error:
+    except Exception as error:  # whatever a part makes of a state that is another's
         problem = f"{path} does not fit this job: {error}"
     raise_together(problem, world, CheckpointError)
     same = index.nodes == [list(ranks) for ranks in world.layout.nodes]
@@ -157,11 +167,15 @@ def _refuse_other_model(
             )
             raise CheckpointError(f"{path} is of another {name}: {has} has {key!r}, {lacks} not")
         one, other = stored[key], here[key]
-        if isinstance(one, torch.Tensor) and one.shape != other.shape:
+        if isinstance(one, torch.Tensor) and (one.shape, one.dtype) != (other.shape, other.dtype):
             raise CheckpointError(
-                f"{path} is of another {name}: {key!r} is {list(one.shape)} in the checkpoint, "
-                f"{list(other.shape)} in this model"
+                f"{path} is of another {name}: {key!r} is {_words(one)} in the checkpoint, "
+                f"{_words(other)} in this model"
             )
+
+
+def _words(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
 
 
 def _adopt(choices: dict[str, Any], parts: dict[str, Any], world: World) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import operator
 import os
 import platform
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,10 @@ from mpiddl.checkpoint.tensors import file_name, shares_of_writers, write_tensor
 from mpiddl.comm import library
 from mpiddl.comm.world import World, current_world
 from mpiddl.errors import CheckpointError
+from mpiddl.log import logger
 from mpiddl.overlap.calls import broadcast_json, gather_json
 from mpiddl.overlap.together import raise_together
-from mpiddl.plain import encode
+from mpiddl.plain import encode, gapless
 
 __all__ = ["save"]
 
@@ -58,6 +61,7 @@ def save(
         TypeError: A part holds something else than tensors and plain values.
     """
     world = world or current_world()
+    step = operator.index(step)
     if step < 0 or keep < 1:
         raise ValueError(f"step={step} must not be negative, keep={keep} must be positive")
     states = {name: _state_of(part) for name, part in parts.items()}
@@ -68,15 +72,21 @@ def save(
     problem, files = None, None
     try:
         files = _write_own(path, tensors, owners, world)
-    except OSError as error:
+    except Exception as error:  # a dtype that safetensors does not know, say: others must hear
         problem = _told(folder, error)
-    raise_together(problem, world, CheckpointError)
-    facts = gather_json([files, random_state(world.device)], world=world)
+    try:
+        raise_together(problem, world, CheckpointError)
+    except CheckpointError:
+        if world.rank == 0:
+            shutil.rmtree(path, ignore_errors=True)  # the disk may be full
+        raise
+    facts = gather_json([files, random_state(world.device)], 0, world=world) or []
     choices = _choices(parts)
     index = Index(
         step=step,
         parts=encoded,
         tensors=owners,
+        strides=[list(gapless(tensor).stride()) for tensor in tensors],
         files=[tuple(file) for file, _ in facts if file is not None],
         nodes=[list(ranks) for ranks in world.layout.nodes],
         random=[state for _, state in facts],
@@ -92,7 +102,8 @@ def _state_of(part: Any) -> Any:
 
 def _choices(parts: dict[str, Any]) -> dict[str, Any]:
     """What parts have found out by measuring, by name."""
-    return {name: part.choices() for name, part in parts.items() if hasattr(part, "choices")}
+    able = {name: part for name, part in parts.items() if hasattr(part, "adopt_choices")}
+    return {name: part.choices() for name, part in able.items()}
 
 
 def _versions() -> dict[str, str]:
@@ -104,9 +115,9 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _told(folder: Path, error: OSError) -> str:
+def _told(folder: Path, error: Exception) -> str:
     """What an error was, as users can act on it."""
-    reason = error.strerror or str(error)
+    reason = getattr(error, "strerror", None) or f"{error}" or type(error).__name__
     return f"no checkpoint was written to {folder}: {reason}; those before it are kept"
 
 
@@ -140,8 +151,13 @@ def _finish(path: Path, folder: Path, index: Index, keep: int, world: World) -> 
         try:
             write_index(path, index)
             final = finish_folder(path, folder, index.step)
-            remove_old(folder, keep)
         except OSError as error:
             problem = _told(folder, error)
+            shutil.rmtree(path, ignore_errors=True)
+    if final is not None:
+        try:
+            remove_old(folder, keep, final)
+        except OSError as error:
+            logger.warning("old checkpoints in %s cannot be removed: %s", folder, error.strerror)
     raise_together(problem, world, CheckpointError)
     return Path(broadcast_json(final and os.fspath(final), world=world))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from mpiddl.checkpoint.index import checksum
+from mpiddl.checkpoint.index import Index, checksum
 from mpiddl.errors import CheckpointError
 
 __all__ = ["file_name", "read_tensors", "shares_of_writers", "write_model", "write_tensors"]
@@ -78,13 +78,14 @@ def _alone(tensor: torch.Tensor, seen: set[int]) -> torch.Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def read_tensors(path: Path, files: Sequence[str], where: Sequence[int]) -> list[torch.Tensor]:
-    """All tensors, by number.
+def read_tensors(path: Path, index: Index) -> list[torch.Tensor]:
+    """All tensors, by number, in memory of their own and in the strides that they had.
+
+    Fused optimizers go through a parameter and its state as flat memory: strides must agree.
 
     Args:
         path: Of the checkpoint.
-        files: Their names.
-        where: For each tensor the number of the file that it is in.
+        index: What is in it.
 
     Raises:
         CheckpointError: A file is missing or broken, or lacks a tensor.
@@ -93,7 +94,12 @@ def read_tensors(path: Path, files: Sequence[str], where: Sequence[int]) -> list
     from safetensors.torch import load_file
 
     try:
-        loaded = [load_file(path / name) for name in files]
-        return [loaded[file][str(number)] for number, file in enumerate(where)]
-    except (OSError, SafetensorError, LookupError) as error:
+        loaded = [load_file(path / name) for name, _ in index.files]
+        found = []
+        for number, (file, strides) in enumerate(zip(index.tensors, index.strides, strict=True)):
+            stored = loaded[file].pop(str(number))
+            own = torch.empty_strided(stored.shape, strides, dtype=stored.dtype, device="cpu")
+            found.append(own.copy_(stored))
+        return found
+    except (OSError, SafetensorError, LookupError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} is broken: {error}") from None

@@ -182,10 +182,10 @@ class ShardBatchSampler(EpochSampler, Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         if self._through:  # the epoch once more; what it began with after a stop is over
             self._begin_whole()
-        self._drawn, self._unread = -1, 0
-        self.loops += 1
+        self._drawn, self._unread, self.loops = -1, 0, self.loops + 1
         self.part_lengths = []
         walk = self._walk
+        self._through = len(walk) == 0  # it went on at an epoch's very end
         for step in range(len(walk)):
             part = walk.part(step, self._shares_at(step)).tolist()
             self.part_lengths.append(len(part))

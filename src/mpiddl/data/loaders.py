@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterable
 from functools import partial
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
 from typing import Any
 
@@ -61,10 +63,12 @@ def loader(
         options["worker_init_fn"] = partial(_start_worker, options.get("worker_init_fn"))
         # torch is imported once, by the server, and not again by each worker.
         multiprocessing.set_forkserver_preload([__name__])
+        _start_server_deaf()
     # Its workers' seeds are not drawn from the rank's own random numbers: what a model draws
     # after a job went on in mid-epoch must not depend on how often a loader was started.
     if "generator" not in options:
-        options["generator"] = torch.Generator().manual_seed(torch.initial_seed())
+        device = torch.empty(()).device  # where torch draws them
+        options["generator"] = torch.Generator(device).manual_seed(torch.initial_seed())
     options.setdefault("pin_memory", is_running() and current_world().on_gpu)
     if batches is not None:
         if hasattr(batches, "collate"):
@@ -128,12 +132,27 @@ def _check_names(dataset: Dataset[Any], options: dict[str, Any]) -> None:
             )
 
 
+def _start_server_deaf() -> None:
+    """Start what workers come from, deaf to SIGUSR1, which they inherit.
+
+    Launchers send it to all processes of a rank, and it is meant for the rank: to save and leave.
+    It ends who is not prepared for it.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    try:
+        resource_tracker.ensure_running()
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(then: Callable[[int], object] | None, number: int) -> None:
     """Lets a worker end with its rank, however that ends.
 
     torch's workers watch their parent, here the fork server. That lives as long as one of them
     does, so they would outlive a rank that is killed, and keep its launcher waiting.
     """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     threading.Thread(target=_end_with_rank, daemon=True).start()
     if then is not None:
         then(number)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import typer
 
+from mpiddl.comm.launchers import read_launch
 from mpiddl.settings import ALGORITHM_NAMES
 from mpiddl.units import parse_bytes
 
@@ -36,6 +37,8 @@ def size(text: str | None) -> str | None:
 
 
 def writable(folder: Path) -> Path:
+    if not read_launch().is_first:
+        return folder  # rank 0 alone writes
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

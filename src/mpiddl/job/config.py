@@ -25,7 +25,10 @@ def take_config(context: typer.Context, path: Path | None) -> Path | None:
     if path is None or context.resilient_parsing:
         return path
     flags = {str(option.name) for option in context.command.params} - {"config", "help"}
-    values = {name.replace("-", "_"): value for name, value in _read(path).items()}
+    typed = _read(path)
+    values = {name.replace("-", "_"): value for name, value in typed.items()}
+    if len(values) < len(typed):
+        raise typer.BadParameter(f"{path} has a key twice, with - and with _")
     for name, value in values.items():
         if name not in flags:
             known = ", ".join(sorted(flag.replace("_", "-") for flag in flags))

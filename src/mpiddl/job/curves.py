@@ -23,11 +23,11 @@ def draw_curves(history: Sequence[dict[str, float]], title: str, path: Path) -> 
     names = [name for name in history[-1] if name not in COUNTS]
     losses = [name for name in names if "loss" in name or "error" in name]
     others = [name for name in names if name not in losses]
-    panels = [group for group in (losses, others) if group]
+    panels = [group for group in (losses, others) if group] or [["samples_per_second"]]
     figure, axes = pyplot.subplots(
-        1, max(1, len(panels)), figsize=(5 * max(1, len(panels)), 3.6), layout="constrained"
+        1, len(panels), figsize=(5 * len(panels), 3.6), layout="constrained", squeeze=False
     )
-    for axis, group in zip([axes] if len(panels) < 2 else axes, panels, strict=True):
+    for axis, group in zip(axes[0], panels, strict=True):
         _panel(axis, history, group)
     figure.suptitle(title)
     figure.savefig(path, dpi=120)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mpiddl import checkpoint
-from mpiddl.checkpoint.folders import checkpoints, remove_old
+from mpiddl.checkpoint.folders import checkpoints, remove
 from mpiddl.checkpoint.tensors import write_model
 from mpiddl.comm.world import World
 from mpiddl.data.batches import ShardBatchSampler
@@ -93,19 +93,20 @@ class Run:
 
     def _clear(self) -> str | None:
         found = checkpoints(self._folder)
-        if not found:
-            return None
-        if not (self._flags.out / FINISHED).exists():
+        if found and not (self._flags.out / FINISHED).exists():
             return (
                 f"{self._folder} has checkpoints of a run that is not finished: go on with it by "
                 "--resume, choose another --out, or remove that folder"
             )
-        (self._flags.out / FINISHED).unlink()
-        remove_old(self._folder, keep=0)
+        for path in found:
+            remove(path)
+        (self._flags.out / FINISHED).unlink(missing_ok=True)
         return None
 
     def _go_on(self) -> None:
         batches = {} if self._batches is None else {"batches": self._batches}
+        if self._world.rank == 0:
+            (self._flags.out / FINISHED).unlink(missing_ok=True)
         found = checkpoint.load(
             self._folder, world=self._world, progress=None, **self._parts, **batches
         )
@@ -161,7 +162,8 @@ class Run:
         Returns:
             What is written to metrics.jsonl.
         """
-        row = {"epoch": self._epoch, "step": self.steps, **self._sums.end(), **values}
+        told = {name: float(value) for name, value in values.items()}
+        row = {"epoch": self._epoch, "step": self.steps, **self._sums.end(), **told}
         self.history.append(row)
         if self._world.rank == 0:
             print(epoch_line(row, self._flags.epochs), flush=True)

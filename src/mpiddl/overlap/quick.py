@@ -78,6 +78,7 @@ class Quick:
         self._foreground = foreground
         self._engine = engine
         self._next_tag = world.tags.foreground
+        self._tuned = world.tuned
         self._plans: dict[tuple[str, torch.dtype, int], _Plan | None] = {}
 
     def all_reduce(self, tensor: Any, op: str) -> bool:
@@ -92,6 +93,9 @@ class Quick:
             or tensor.is_neg()
         ):
             return False
+        if self._tuned is not self._world.tuned:  # then the long way goes by another table, too
+            self._tuned = self._world.tuned
+            self._plans.clear()
         key = (op, tensor.dtype, tensor.numel())
         try:
             plan = self._plans[key]

@@ -7,7 +7,7 @@ import torch
 from mpiddl.collectives.channel import bytes_of
 from mpiddl.overlap.control import Control
 from mpiddl.overlap.work import Work
-from mpiddl.training.state import gapless
+from mpiddl.plain import gapless
 
 __all__ = ["BufferBroadcast"]
 

@@ -11,7 +11,7 @@ import torch
 from mpiddl.buckets.agreement import odd_ones
 from mpiddl.collectives.channel import bytes_of
 from mpiddl.errors import ReplicaError
-from mpiddl.training.state import gapless
+from mpiddl.plain import gapless
 
 __all__ = ["refuse_difference"]
 

@@ -9,8 +9,7 @@ import torch
 from mpiddl.collectives.channel import bytes_of
 from mpiddl.comm.world import World
 from mpiddl.overlap.calls import broadcast, broadcast_json
-from mpiddl.plain import decode, encode
-from mpiddl.training.state import gapless
+from mpiddl.plain import decode, encode, gapless
 
 __all__ = ["Stateful", "broadcast_plain_state"]
 

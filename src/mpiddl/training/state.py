@@ -12,22 +12,15 @@ from mpiddl.collectives.choose import chunk_bytes_for
 from mpiddl.comm.world import World
 from mpiddl.devices.registry import device_of
 from mpiddl.overlap.engine import engine_of
+from mpiddl.plain import gapless
 
-__all__ = ["broadcast_state", "gapless", "named_state"]
+__all__ = ["broadcast_state", "named_state"]
 
 
 def named_state(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters and buffers of a model under their names, each tensor once."""
     yield from model.named_parameters()
     yield from model.named_buffers()
-
-
-def gapless(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` itself where its elements are one piece of memory, else a copy that is."""
-    tensor = tensor.detach()
-    if tensor.stride() == torch.empty_like(tensor, device="meta").stride():
-        return tensor
-    return tensor.contiguous()
 
 
 def broadcast_state(model: torch.nn.Module, world: World, root: int = 0) -> None:
