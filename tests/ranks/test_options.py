@@ -118,7 +118,7 @@ def test_what_is_measured_is_the_same_on_all_ranks(world, agree, options):
         seen.add((reducer.reductions.threaded, reducer.scheduler._holds_back))
 
     agree(not any(wrong), wrong)
-    measured = model.reducer._plans._calibration
+    measured = model.reducer.plans._calibration
     agree(len(measured._choices) == 1, measured._choices)
     choices = mpiddl.gather_json(measured.present, world=world)
     agree(all(choice == choices[0] for choice in choices), choices)
