@@ -34,36 +34,44 @@ def test_a_writer_that_is_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_pat
     for name in PREPARED:
         importlib.import_module(name)
     random.seed(0)
+    reported = dict.fromkeys((tmp_path / name for name in "abcd"), 0)
     unfinished = 0
-    reported = 0
-    for _ in range(KILLS):
-        reader, writer = os.pipe()
-        child = os.fork()
-        if child == 0:
-            os.close(reader)
-            _write_for_ever(tmp_path, writer)
-        os.close(writer)
-        with open(reader) as lines:
+    for _ in range(KILLS // len(reported)):
+        writers = [(folder, *_start_writer(folder)) for folder in reported]
+        for folder, child, lines in writers:
             assert lines.readline() == "begins\n"
             time.sleep(random.uniform(0, 0.03))  # no condition: any moment is right
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            told = [int(line) for line in lines.read().splitlines()]
-        reported = max([reported, *told])
-        unfinished += any(tmp_path.glob(f"{WRITING}*"))
-
-        path = latest(tmp_path)
-        assert path == (checkpoints(tmp_path) or [None])[-1]  # there never is a broken one
-        if path is None:
-            assert reported == 0
-            continue
-        index = read_index(path)
-        assert reported <= index.step <= reported + 1  # the last line may be lost with the writer
-        tensors = read_tensors(path, index)
-        assert all(bool((tensor == index.step).all()) for tensor in tensors)
-        reported = index.step
-    assert reported > KILLS / 4
+            with lines:
+                told = [int(line) for line in lines.read().splitlines()]
+            unfinished += any(folder.glob(f"{WRITING}*"))
+            reported[folder] = _check_what_is_left(folder, max([reported[folder], *told]))
+    assert sum(reported.values()) > KILLS / 4
     assert unfinished > KILLS / 10  # or nobody was killed while it wrote
+
+
+def _start_writer(folder):
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        _write_for_ever(folder, writer)
+    os.close(writer)
+    return child, open(reader)
+
+
+def _check_what_is_left(folder, reported):
+    """Returns: the step that is there."""
+    path = latest(folder)
+    assert path == (checkpoints(folder) or [None])[-1]  # there never is a broken one
+    if path is None:
+        assert reported == 0
+        return 0
+    index = read_index(path)
+    assert reported <= index.step <= reported + 1  # the last line may be lost with the writer
+    assert all(bool((tensor == index.step).all()) for tensor in read_tensors(path, index))
+    return index.step
 
 
 def _write_for_ever(folder, writer):

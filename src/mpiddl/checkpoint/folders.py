@@ -5,7 +5,7 @@ checkpoints/
         index.json               what is in it, and the files' checksums
         part-000.safetensors     tensors; as many files as ranks wrote
     step-000000180/
-    .writing-step-000000240-k3x/ what a job that was killed had begun; the next save removes it
+    .writing-step-000000240-1f2e3d4c/   begun by a job that was killed; the next save removes it
 """
 
 from __future__ import annotations
