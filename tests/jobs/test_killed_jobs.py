@@ -193,7 +193,7 @@ def test_who_goes_on_with_a_finished_run_has_not_finished(start, tmp_path, clean
     assert start(1, [*DIGITS, "--epochs", "1", "--out", str(tmp_path)]).status == 0
     job = _launch(tmp_path, "--epochs", "9", "--resume", "--checkpoint-every", "1")
     _wait_for(lambda: _last_step(tmp_path) > STEPS / 2, job)
-    job.kill()
+    os.kill(_ranks_of(tmp_path)[0], signal.SIGKILL)
     job.communicate(timeout=DEADLINE)
     job = start(2, [*DIGITS, "--out", str(tmp_path)])
     assert job.status == 2
