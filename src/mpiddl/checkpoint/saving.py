@@ -69,25 +69,15 @@ def save(
     folder = Path(folder)
     path = _begin(folder, step, world)
     owners = shares_of_writers([t.nbytes for t in tensors], world.size if sharded else 1)
-    problem, files = None, None
-    try:
-        files = _write_own(path, tensors, owners, world)
-    except Exception as error:  # a dtype that safetensors does not know, say: others must hear
-        problem = _told(folder, error)
-    try:
-        raise_together(problem, world, CheckpointError)
-    except CheckpointError:
-        if world.rank == 0:
-            shutil.rmtree(path, ignore_errors=True)  # the disk may be full
-        raise
-    facts = gather_json([files, random_state(world.device)], 0, world=world) or []
+    file = _write(path, folder, tensors, owners, world)
+    facts = gather_json([file, random_state(world.device)], 0, world=world) or []
     choices = _choices(parts)
     index = Index(
         step=step,
         parts=encoded,
         tensors=owners,
         strides=[list(gapless(tensor).stride()) for tensor in tensors],
-        files=[tuple(file) for file, _ in facts if file is not None],
+        files=[tuple(written) for written, _ in facts if written is not None],
         nodes=[list(ranks) for ranks in world.layout.nodes],
         random=[state for _, state in facts],
         choices={**choices, "tuned": [list(choice) for choice in world.tuned]},
@@ -132,6 +122,24 @@ def _begin(folder: Path, step: int, world: World) -> Path:
     if problem is not None:
         raise CheckpointError(problem, on_every_rank=True)
     return Path(path)
+
+
+def _write(
+    path: Path, folder: Path, tensors: list[torch.Tensor], owners: list[int], world: World
+) -> tuple[str, str] | None:
+    """Every rank its file; an error on all of them if one could not."""
+    problem, file = None, None
+    try:
+        file = _write_own(path, tensors, owners, world)
+    except Exception as error:  # a dtype that safetensors does not know, say: others must hear
+        problem = _told(folder, error)
+    try:
+        raise_together(problem, world, CheckpointError)
+    except CheckpointError:
+        if world.rank == 0:
+            shutil.rmtree(path, ignore_errors=True)  # the disk may be full
+        raise
+    return file
 
 
 def _write_own(
