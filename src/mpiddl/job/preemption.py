@@ -10,10 +10,7 @@ import torch
 from mpiddl.comm.world import World
 from mpiddl.overlap.calls import all_reduce
 
-__all__ = ["PREEMPTED", "is_any_rank_asked", "listen"]
-
-PREEMPTED = 75
-"""Exit status: EX_TEMPFAIL of sysexits.h, "try again later"."""
+__all__ = ["is_any_rank_asked", "listen"]
 
 _asked = False
 

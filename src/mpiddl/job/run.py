@@ -15,10 +15,11 @@ from mpiddl.comm.world import World
 from mpiddl.data.batches import ShardBatchSampler
 from mpiddl.errors import CheckpointError, OutputError
 from mpiddl.job.flags import Flags
-from mpiddl.job.preemption import PREEMPTED, is_any_rank_asked
+from mpiddl.job.preemption import is_any_rank_asked
 from mpiddl.job.records import Records, Row, epoch_line, values_in_words
 from mpiddl.job.sums import Sums
 from mpiddl.overlap.calls import barrier, broadcast_json
+from mpiddl.sbatch.writing import TRY_AGAIN
 from mpiddl.training import replicas
 
 __all__ = ["Run"]
@@ -105,11 +106,11 @@ class Run:
 
     def _go_on(self) -> None:
         batches = {} if self._batches is None else {"batches": self._batches}
-        if self._world.rank == 0:
-            (self._flags.out / FINISHED).unlink(missing_ok=True)
         found = checkpoint.load(
             self._folder, world=self._world, progress=None, **self._parts, **batches
         )
+        if self._world.rank == 0:
+            (self._flags.out / FINISHED).unlink(missing_ok=True)
         if found is None:
             return
         progress = found.values["progress"]
@@ -196,12 +197,12 @@ class Run:
     def _leave(self) -> None:
         if self._world.rank == 0:
             print(
-                f"SIGUSR1: saved after step {self.steps}, leaves with status {PREEMPTED}; "
+                f"SIGUSR1: saved after step {self.steps}, leaves with status {TRY_AGAIN}; "
                 "go on with --resume",
                 flush=True,
             )
         barrier(world=self._world)
-        raise SystemExit(PREEMPTED)  # all ranks leave: there is no job to end
+        raise SystemExit(TRY_AGAIN)  # all ranks leave: there is no job to end
 
     # How it ends.
 
