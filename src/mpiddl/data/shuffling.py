@@ -126,7 +126,7 @@ class _Exchange:
     def move(self, array: Any, result: Rows, bar: Any) -> None:
         """Fill ``result``, a piece of it after the other, on all ranks at a time.
 
-        Between nodes several travel at a time: meanwhile the next is gathered, and the first placed.
+        Between nodes several travel at a time; meanwhile the next is gathered, the first placed.
         """
         width = result.shape[1]
         piece = max(1, self._piece_bytes // max(1, width))
