@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mpiddl
 
-pytestmark = pytest.mark.usefixtures("gloo")
+pytestmark = [pytest.mark.usefixtures("gloo"), pytest.mark.thorough]
 
 BUCKETS = {"theirs": {"bucket_cap_mb": 0.001}, "ours": {"bucket_size": 1000}}
 

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 import mpiddl
 from mpiddl.errors import GradientError
 
-pytestmark = pytest.mark.usefixtures("gloo")
+pytestmark = [pytest.mark.usefixtures("gloo"), pytest.mark.thorough]
 
 
 class Branches(nn.Module):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from matrix import examples
 from samples import buffer_of, expected, seeded
 
 import mpiddl
@@ -16,6 +17,8 @@ from mpiddl.collectives.reduction import DTYPES, FLOATS, Reduction
 from mpiddl.devices.host import HOST
 from mpiddl.devices.registry import device_of
 from mpiddl.overlap.engine import engine_of
+
+pytestmark = [pytest.mark.layout, pytest.mark.library]
 
 OPS = ("sum", "min", "max", "prod")
 MESSAGE_ALGORITHMS = ("ring", "doubling", "direct", "reference")
@@ -34,7 +37,7 @@ def run(world, algorithm, buffer, reduction, chunk_bytes):
     algorithm=st.sampled_from(MESSAGE_ALGORITHMS),
     chunk_bytes=st.sampled_from([1, 16, 40, 1000, 1 << 20]),
 )
-@settings(max_examples=150, derandomize=True, database=None, deadline=None)
+@examples(150)
 def test_any_length_dtype_op_and_chunk(world, agree, length, dtype, op, algorithm, chunk_bytes):
     buffer = buffer_of(world.rank, length, dtype)
 

@@ -24,6 +24,8 @@ from mpiddl.measure.lineup import candidates, stagings_of
 from mpiddl.measure.timing import seconds_of, wait_for
 from mpiddl.measure.tune import choices_of, tune
 
+pytestmark = pytest.mark.thorough
+
 KIB = 1 << 10
 MESSAGES = ("ring", "direct", "doubling", "reference", "sendrecv")
 LATE = 0.15

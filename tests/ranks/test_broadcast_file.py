@@ -24,7 +24,7 @@ from mpiddl.data.progress_bar import progress
 from mpiddl.data.relay import Relay
 from mpiddl.errors import DataError
 
-pytestmark = pytest.mark.host
+pytestmark = [pytest.mark.host, pytest.mark.layout, pytest.mark.thorough]
 
 PIECE = 1000
 

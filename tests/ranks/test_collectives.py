@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from matrix import times
 from samples import buffer_of, expected, seeded
 
 import mpiddl
+
+pytestmark = [pytest.mark.layout, pytest.mark.library]
 
 
 @pytest.mark.parametrize("length", [0, 1, 5, 300_001])
@@ -95,9 +98,10 @@ def test_world_describes_the_layout(world, agree, request):
     agree(world.hostname, world)
 
 
+@pytest.mark.thorough
 def test_two_hundred_worlds_come_and_go(world, agree):
     """Communicators are freed: MPICH has some two thousand in all."""
-    for _ in range(200):
+    for _ in range(times(200)):
         with world.split(0) as group:
             mpiddl.barrier(world=group)
     agree(True)

@@ -10,6 +10,8 @@ from torch import nn
 import mpiddl
 from mpiddl.training.comm_hooks import bf16_compress
 
+pytestmark = pytest.mark.device
+
 
 def make():
     torch.manual_seed(2)

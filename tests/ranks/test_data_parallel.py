@@ -16,6 +16,8 @@ from mpiddl.errors import GradientError, MismatchError
 from mpiddl.overlap import scheduler
 from mpiddl.overlap.engine import engine_of
 
+pytestmark = [pytest.mark.layout, pytest.mark.device]
+
 SAMPLES, FEATURES = 50, 6
 
 

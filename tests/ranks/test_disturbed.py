@@ -17,6 +17,7 @@ import psutil
 import pytest
 import torch
 from cases import NAMES, Case
+from matrix import times
 
 import mpiddl
 from mpiddl.collectives.choose import ALGORITHMS
@@ -24,6 +25,8 @@ from mpiddl.comm.messages import RequestWait
 from mpiddl.errors import NotInitializedError
 from mpiddl.overlap.engine import engine_of
 from mpiddl.overlap.work import Work
+
+pytestmark = pytest.mark.library
 
 
 @contextlib.contextmanager
@@ -158,17 +161,18 @@ def more(before, after):
     }
 
 
+@pytest.mark.thorough
 def test_five_thousand_collectives_leave_nothing(world, agree):
     with world.split(0, key=-world.rank) as group:
         warm_up = mixed(world, group, 500, 1)  # scratch, views and plans that are kept
         before, bytes_before = kept(), psutil.Process().memory_info().rss
-        problem = mixed(world, group, 5000, 2)
+        problem = mixed(world, group, times(5000), 2)
         after, grown = kept(), psutil.Process().memory_info().rss - bytes_before
 
     agree(not problem and not warm_up, problem or warm_up)
     agree(not engine_of(world)._in_flight, "works are in flight")
     agree(not more(before, after), more(before, after))
-    agree(grown < 8 << 20, f"{grown / 5000:.0f} bytes for each collective")
+    agree(grown < 8 << 20, f"{grown / times(5000):.0f} bytes for each collective")
 
 
 def test_groups_that_reduced_leave_no_shared_memory(world, agree):

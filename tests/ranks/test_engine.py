@@ -22,6 +22,8 @@ from mpiddl.overlap.engine import Engine
 from mpiddl.overlap.work import Work
 from mpiddl.waits import ALREADY
 
+pytestmark = [pytest.mark.layout, pytest.mark.device]
+
 CHUNK_BYTES = 512
 
 

@@ -9,15 +9,17 @@ import pytest
 import torch
 from cases import MOVED_ONLY, MOVES, NAMES, Case
 from delays import delayed
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from matrix import examples, seeds
 from samples import buffer_of, seeded
 
 import mpiddl
 from mpiddl.collectives.choose import ALGORITHMS
 from mpiddl.collectives.reduction import DTYPES, FLOATS
 
-QUIET = settings(derandomize=True, database=None, deadline=None)
+pytestmark = [pytest.mark.layout, pytest.mark.library, pytest.mark.device]
+
 OPS = ("sum", "min", "max", "prod")
 
 
@@ -65,7 +67,7 @@ GROUPS = (
     numpy=st.booleans(),
     async_=st.booleans(),
 )
-@settings(QUIET, max_examples=400)
+@examples(400)
 def test_any_collective(agree, groups, name, group, dtype, op, length, seed, numpy, async_):
     problem = ""
     if groups[group] is not None:
@@ -94,7 +96,7 @@ def test_larger_than_a_chunk(world, agree, name):
 
 
 @given(seed=st.integers(0, 10_000))
-@settings(QUIET, max_examples=25)
+@examples(25)
 def test_all_at_once_and_each_rank_late_in_its_own_way(world, agree, groups, seed):
     """Every collective is in flight at once; works are waited for in another order on each rank."""
     drawn = random.Random(seed)
@@ -116,7 +118,7 @@ def test_all_at_once_and_each_rank_late_in_its_own_way(world, agree, groups, see
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", seeds(4))
 def test_algorithms_whose_ranks_are_late(world, agree, groups, algorithm, seed):
     """Several at once, small and large, in a world of large chunks and in one of tiny ones."""
     lengths = [0, 1, 5, 300, 5000, 20_000]

@@ -17,6 +17,8 @@ from mpiddl.errors import MismatchError
 from mpiddl.training.announcements import announcements_of
 from mpiddl.training.plain_state import broadcast_plain_state
 
+pytestmark = pytest.mark.layout
+
 COUNTS = (3, 0, 5, 2)
 """Batches of each rank."""
 LENGTHS = (2, 3, 4)

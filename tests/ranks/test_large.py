@@ -10,6 +10,8 @@ import torch
 
 import mpiddl
 
+pytestmark = [pytest.mark.thorough, pytest.mark.library]
+
 LENGTH = (1 << 31) + 3
 MARKS = {0: 1, (1 << 30) - 1: 2, 1 << 30: 3, (1 << 31) - 1: 4, 1 << 31: 5, LENGTH - 1: 6}
 """Values by place: around the ends of messages, of 32-bit counts, and of the buffer."""

@@ -14,6 +14,8 @@ import torch
 
 import mpiddl
 
+pytestmark = pytest.mark.thorough
+
 WIDTH = 64
 SOON = 10.0
 """Seconds, within which something happens that nothing holds up."""

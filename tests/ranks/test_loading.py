@@ -9,6 +9,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import mpiddl
 
+pytestmark = pytest.mark.thorough
+
 
 def dataset(length):
     return TensorDataset(torch.arange(length), torch.arange(length) * 0.5)

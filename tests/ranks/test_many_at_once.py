@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import pytest
 import torch
 from cases import NAMES, Case
 from torch import nn
@@ -11,6 +12,8 @@ from torch import nn
 import mpiddl
 from mpiddl.comm.messages import Tags
 from mpiddl.overlap.engine import engine_of
+
+pytestmark = [pytest.mark.library, pytest.mark.device]
 
 
 def test_two_hundred_works_in_any_order(world, agree):

@@ -7,8 +7,9 @@ from fractions import Fraction
 import numpy
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from matrix import examples
 
 from mpiddl.data.ensembling import ensemble
 from mpiddl.data.metrics import AUC, Accuracy, ConfusionMatrix, Mean
@@ -16,7 +17,7 @@ from mpiddl.data.predictions import gather_predictions, gather_tensors
 from mpiddl.data.skewness import skew
 from mpiddl.errors import DataError
 
-quietly = settings(derandomize=True, database=None, deadline=None, max_examples=25)
+pytestmark = pytest.mark.thorough
 
 
 def refused(agree, words, call):
@@ -117,7 +118,7 @@ def everywhere(world):
     return world
 
 
-@quietly
+@examples(25)
 @given(
     scores=st.lists(st.sampled_from([-1.5, -0.0, 0.0, 0.1, 7.0, float("inf")]), min_size=2),
     data=st.data(),

@@ -21,7 +21,7 @@ from mpiddl.data.node_shared import NodeSharedDataset
 from mpiddl.data.shared_files import SharedFile, map_shared, remove_unused
 from mpiddl.errors import DataError
 
-pytestmark = pytest.mark.host
+pytestmark = [pytest.mark.host, pytest.mark.layout, pytest.mark.thorough]
 
 LENGTH = 37
 DTYPES = [torch.float32, torch.bfloat16, torch.uint8, torch.bool, torch.complex64, torch.int64]

@@ -12,6 +12,8 @@ from mpiddl.comm import world as worlds
 from mpiddl.comm.tuning import Choice
 from mpiddl.comm.world import World
 
+pytestmark = pytest.mark.layout
+
 LAYOUTS = {
     "alternating": lambda rank: rank % 2,
     "first alone": lambda rank: min(rank, 1),

@@ -13,6 +13,8 @@ from torch import nn
 import mpiddl
 from mpiddl.errors import GradientError
 
+pytestmark = pytest.mark.device
+
 STEPS = 6
 
 
@@ -271,6 +273,7 @@ def test_steps_may_be_left_out(world, agree):
     agree(same(*results))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("compiled", ["torch.compile", "in place", "a part in place"])
 def test_compiled_models(world, agree, compiled):
     """They are waited for as a whole, and come out the same."""

@@ -12,6 +12,8 @@ from torch import nn
 import mpiddl
 from mpiddl.errors import GradientError, MismatchError
 
+pytestmark = pytest.mark.device
+
 WORDS, WIDTH = 20, 3
 
 

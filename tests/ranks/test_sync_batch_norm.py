@@ -14,6 +14,8 @@ from torch.nn.functional import mse_loss
 import mpiddl
 from mpiddl.training import sync_batch_norm
 
+pytestmark = [pytest.mark.layout, pytest.mark.device]
+
 CHANNELS = 3
 LAYERS = {1: nn.BatchNorm1d, 2: nn.BatchNorm1d, 3: nn.BatchNorm2d, 4: nn.BatchNorm3d}
 UNEVEN = (4, 1, 0, 3)

@@ -9,6 +9,8 @@ from torch import nn
 
 import mpiddl
 
+pytestmark = pytest.mark.device
+
 FEATURES = 4
 
 

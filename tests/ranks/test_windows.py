@@ -18,6 +18,8 @@ from mpiddl.devices.registry import device_of
 from mpiddl.errors import MismatchError, UnsupportedBufferError
 from mpiddl.overlap.engine import engine_of
 
+pytestmark = [pytest.mark.layout, pytest.mark.library, pytest.mark.device]
+
 UNORDERED = [name for name, algorithm in ALGORITHMS.items() if not algorithm.ordered]
 
 
