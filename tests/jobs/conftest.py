@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import subprocess
+import sys
 import textwrap
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 TOP = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
 MPIRUN = str(TOP / "tools" / "mpirun")
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # some launchers give ranks a terminal
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
@@ -51,7 +53,7 @@ def start(tmp_path, clean_environment):
             script.write_text(textwrap.dedent(program))
             program = ["python", str(script)]
         launcher = [] if ranks is None else [MPIRUN, "-n", str(ranks)]
-        environment = {**os.environ, "PATH": f"{TOP}/.venv/bin:{os.environ['PATH']}", **(env or {})}
+        environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", **(env or {})}
         started = time.time()
         process = subprocess.run(
             [*launcher, *program, *arguments],
