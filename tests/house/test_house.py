@@ -119,7 +119,7 @@ def python_blocks(name):
     return re.findall(r"```python\n(.*?)```", (TOP / name).read_text(), flags=re.DOTALL)
 
 
-# Each block is a program of its own; one job runs them all, since starting ranks is what takes time.
+# Each block is a program of its own; one job runs them all: starting ranks is what takes time.
 IN_TURN = """
 import runpy, sys
 if __name__ == "__main__":
