@@ -4,6 +4,9 @@ Faults that need three particular values at once are rare: a set of cases in whi
 values of two parameters occurs finds nearly all that the full product finds (Kuhn, Wallace & Gallo,
 IEEE Trans. Software Eng. 30(6), 2004), and is many times smaller. ``--matrix full`` takes all.
 
+Where each case starts a job, ``@pytest.mark.by_day(2)`` takes two of them, and ``by_day(0)`` leaves
+a test to the night.
+
 Which cases represent the pairs, and what hypothesis draws, follows from ``--hypothesis-seed``; each
 pass of the suite has its own, so that together they see more than one pass does.
 """
@@ -60,7 +63,10 @@ def thin(items: list[pytest.Item]) -> tuple[list[pytest.Item], list[pytest.Item]
         tests[item.nodeid.partition("[")[0]].append(item)
     chosen: set[pytest.Item] = set()
     for name, cases in tests.items():
-        chosen.update(_cover(cases, random.Random(f"{_seed} {name}")))
+        chance = random.Random(f"{_seed} {name}")
+        by_day = cases[0].get_closest_marker("by_day")
+        few = by_day is not None and by_day.args[0] < len(cases)
+        chosen.update(chance.sample(cases, by_day.args[0]) if few else _cover(cases, chance))
     kept = [item for item in items if item in chosen]
     return kept, [item for item in items if item not in chosen]
 

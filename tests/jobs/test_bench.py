@@ -49,6 +49,7 @@ def test_a_run_writes_table_json_csv_and_plot_and_can_be_too_slow(start, tmp_pat
 FILES = {"json": "json", "csv": "csv", "plot": "png"}
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize(
     ("collective", "dtype"),
     [
@@ -80,6 +81,7 @@ def test_every_collective_and_algorithm_is_right(start, tmp_path, collective, dt
         assert seen == {"auto", "library", "gloo"}
 
 
+@pytest.mark.by_day(3)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -107,6 +109,7 @@ def test_what_cannot_be_measured_is_said_once(start, arguments, words):
     assert "Traceback" not in job.both
 
 
+@pytest.mark.by_day(3)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -43,6 +43,7 @@ def test_an_exception_names_rank_host_and_traceback(start, shared_memory_files):
     assert shared_memory_files() == set()
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize(
     ("action", "status"),
     [("sys.exit(3)", 3), ("sys.exit('no data')", 1), ("sys.exit(True)", 1)],
@@ -57,6 +58,7 @@ def test_a_status_of_one_rank_is_the_jobs(start, shared_memory_files, action, st
     assert shared_memory_files() == set()
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize(
     ("action", "words"),
     [
@@ -142,6 +144,7 @@ thread.join()
     ],
     ids=["nothing", "zero", "caught", "in a thread"],
 )
+@pytest.mark.by_day(2)
 def test_leaving_without_a_status_is_no_failure(start, action):
     job = start(2, f"import sys, mpiddl\nmpiddl.init()\nmpiddl.barrier()\n{action}")
 

@@ -122,6 +122,7 @@ FAILING_JOB = """
 """
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize("action", ["os.kill(os.getpid(), signal.SIGKILL)", "raise KeyError"])
 def test_workers_end_with_their_rank(start, action):
     job = start(2, FAILING_JOB.format(action=action))  # would wait for workers that live on

@@ -166,6 +166,7 @@ def test_a_killed_jobs_file_goes_with_the_next_start_and_no_other(start, folder,
     assert names(folder) == {living}
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize("end", ["", "kept = dataset[2], dataset.arrays; sys.exit(0)"])
 def test_nothing_is_left_at_exit(start, folder, end):
     job = start(3 if end else 1, held(end), str(folder))
@@ -173,6 +174,7 @@ def test_nothing_is_left_at_exit(start, folder, end):
     assert names(folder) == set()
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize("end", ["an exception", "Ctrl-C"])
 def test_at_the_latest_the_next_start_removes_it(start, folder, tmp_path, end):
     if end == "Ctrl-C":

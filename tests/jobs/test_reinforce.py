@@ -20,6 +20,7 @@ def test_defaults_solve_it(start, tmp_path):
     assert sum(returns[-5:]) / 5 >= 475
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize("episodes", [2, 7])  # one rank has none; ranks have different numbers
 def test_world_size_changes_nothing(start, tmp_path, episodes):
     flags = ["--epochs", 5, "--batch-size", episodes]
@@ -97,6 +98,7 @@ def test_solved_is_a_mean_over_100_episodes(returns, batch_size, solved):
     assert module("reinforce").is_solved(history, batch_size) == solved
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize(
     ("flags", "words"),
     [(["--discount", "2"], "--discount"), (["--out", "/proc/none"], "cannot write")],

@@ -56,6 +56,7 @@ def test_traps_are_named_with_their_lines(start, tmp_path):
     assert "; write srun --mpi=pmix" in lines[1]
 
 
+@pytest.mark.by_day(5)
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -26,6 +26,7 @@ def folder(tmp_path):
     return tmp_path / "texts"
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize(("model", "accuracy"), [("bag", 0.75), ("transformer", 0.65)])
 def test_defaults_reach_the_accuracy(start, tmp_path, model, accuracy):
     """The largest class has 18% of the texts."""

@@ -81,6 +81,7 @@ def test_a_stopped_rank(start, tmp_path):
     assert "rank 1 is late: no sign of life for" in said_by(job, 2)
 
 
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize("call", ["mpiddl.empty(10)", "world.split(0)"])
 def test_calls_in_which_mpi_itself_waits(start, tmp_path, call):
     code = f"""
