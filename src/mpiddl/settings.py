@@ -29,6 +29,7 @@ ALGORITHM_NAMES = (
     "reference",
 )
 
+MOST_THREADS = 1024
 ENGINES = ("auto", "inline", "after", "thread")
 
 
@@ -54,8 +55,8 @@ def _bucket_size(text: str) -> int | str:
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"{text!r} is not a number of at least 1")
+    if not text.isdecimal() or not 1 <= int(text) <= MOST_THREADS:
+        raise ValueError(f"{text!r} is not a number from 1 to {MOST_THREADS}")
     return int(text)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 __all__ = ["format_bytes", "format_seconds", "parse_bytes", "parse_seconds", "parse_sizes"]
 
@@ -10,6 +11,8 @@ _BINARY = {"": 1, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}
 _DECIMAL = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", re.IGNORECASE)
 _SECONDS = {"ms": 1e-3, "": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+_MOST_BYTES = 2**63 - 1
+_MOST_SECONDS = 1e9
 _TIME = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|min|h|)\s*", re.IGNORECASE)
 
 
@@ -17,15 +20,17 @@ def parse_bytes(text: str) -> int:
     """``"25MiB"`` -> 26214400. ``KiB MiB GiB TiB`` are binary, ``KB MB GB TB`` decimal.
 
     Raises:
-        ValueError: ``text`` is not a size, or not a whole number of bytes.
+        ValueError: ``text`` is not a size, not a whole number of bytes, or 2^63 of them or more.
     """
     match = _PATTERN.fullmatch(text)
     factor = (_BINARY | _DECIMAL).get(match.group(2).upper()) if match else None
     if match is None or factor is None:
         raise ValueError(f"{text!r} is not a size; write for example 512KiB, 25MiB or 1048576")
-    nbytes = float(match.group(1)) * factor
-    if nbytes != int(nbytes):
+    nbytes = Fraction(match.group(1)) * factor
+    if nbytes.denominator != 1:
         raise ValueError(f"{text!r} is not a whole number of bytes")
+    if nbytes > _MOST_BYTES:
+        raise ValueError(f"{text!r} is more than any machine has")
     return int(nbytes)
 
 
@@ -58,12 +63,15 @@ def parse_seconds(text: str) -> float:
     """``"10m"`` -> 600.0. Units are ms, s, m (or min) and h; without one it is seconds.
 
     Raises:
-        ValueError: ``text`` is not a time.
+        ValueError: ``text`` is not a time, or is longer than 30 years.
     """
     match = _TIME.fullmatch(text)
     if match is None:
         raise ValueError(f"{text!r} is not a time; write for example 90s, 10m, 1.5h or 600")
-    return float(match.group(1)) * _SECONDS[match.group(2).lower()]
+    seconds = float(match.group(1)) * _SECONDS[match.group(2).lower()]
+    if seconds > _MOST_SECONDS:
+        raise ValueError(f"{text!r} is longer than 30 years; 0 means without a limit")
+    return seconds
 
 
 def format_seconds(seconds: float) -> str:

@@ -21,6 +21,7 @@ def folder(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     numpy.save(tmp_path / "labels.npy", numpy.array(LABELS))
     numpy.save(tmp_path / "groups.npy", numpy.array(["a", "b"] * 20))
+    numpy.save(tmp_path / "scalar.npy", numpy.array(3))
     numpy.save(tmp_path / "square.npy", numpy.ones((2, 2), dtype=int))
     write_times(tmp_path / "times.json")
     monkeypatch.chdir(tmp_path)
@@ -106,6 +107,7 @@ def test_the_seed_counts(folder, capsys):
         ({"labels": "labels.npy"}, "pass --ranks"),
         ({"labels": "no.npy", "ranks": 2}, "no.npy"),
         ({"labels": "square.npy", "ranks": 2}, "one dimension"),
+        ({"labels": "scalar.npy", "ranks": 2}, r"one dimension, got shape \(\)"),
         ({"labels": "labels.npy", "ranks": 2, "sharding": "sorted"}, "'sorted' is no sharding"),
         (
             {"labels": "labels.npy", "ranks": 2, "sharding": "weighted", "weights": "1,1,1"},

@@ -39,6 +39,29 @@ def test_the_host_has_no_stagings(world, agree):
         stagings_of(world, ["host"])
 
 
+@pytest.mark.host
+def test_more_than_the_memory_is_refused_on_every_rank(world, agree):
+    calls = {
+        "all-reduce of 1024TiB takes at least 2048TiB": lambda: candidates(
+            ["auto"], "all-reduce", 1 << 50, world
+        ),
+        "all-to-all of 1024TiB takes at least 4096TiB": lambda: candidates(
+            ["auto"], "all-to-all", 1 << 50, world
+        ),
+        "1024TiB takes at least": lambda: list(tune(world, [1 << 50], 1)),
+        "one rank takes at least": lambda: memory.check_room(
+            1 << 50 if world.rank == world.size - 1 else 0, "one rank", world
+        ),
+    }
+    for words, call in calls.items():
+        said = ""
+        try:
+            call()
+        except PeerError as error:
+            said = str(error)
+        agree(words in said, f"{words!r} is not in {said!r}")
+
+
 @pytest.fixture(scope="module")
 def device(request, world):
     if request.config.getoption("device") == "cuda":

@@ -80,7 +80,7 @@ def test_accuracy_is_exact(world, agree, length, top_k):
         correct += label in best[:top_k]
     mine = dealt(world, length, skip=[1]).cpu()
 
-    metric = in_batches(Accuracy(top_k), scores[mine].to(world.device), labels[mine])
+    metric = in_batches(Accuracy(top_k=top_k), scores[mine].to(world.device), labels[mine])
 
     agree(metric.compute() == correct / length, f"{metric.compute()}, not {correct}/{length}")
     if top_k == 1:
@@ -198,8 +198,8 @@ def test_no_samples_and_one_class(world, agree):
     [
         (lambda: Mean().update(one([1.0, 2.0]), 2), "one number"),
         (lambda: Mean().update(1.0, -1), "count"),
-        (lambda: Accuracy(0), "top_k"),
-        (lambda: Accuracy(2).update(one([1]), one([1])), "top_k=2 needs scores"),
+        (lambda: Accuracy(top_k=0), "top_k"),
+        (lambda: Accuracy(top_k=2).update(one([1]), one([1])), "top_k=2 needs scores"),
         (lambda: Accuracy().update(one([0.5]), one([1])), "classes must be integers"),
         (lambda: Accuracy().update(one([[0.5, 1]]), one([1.0])), "classes must be integers"),
         (lambda: Accuracy().update(one([1, 2]), one([1])), "different numbers"),
@@ -320,7 +320,7 @@ def test_tensors_of_any_shape(world, agree):
 def test_a_rank_that_has_nothing(world, agree):
     has = world.rank == world.size - 1
     mine = torch.ones(2, 3, dtype=torch.int32) if has else torch.empty(0)
-    found = gather_tensors(mine)
+    found = gather_tensors(mine, group=world)
     expected = [(0, 3)] * (world.size - 1) + [(2, 3)]
     agree([tuple(each.shape) for each in found] == expected, found)
     agree(torch.cat(found).dtype == torch.int32)
@@ -370,11 +370,13 @@ def test_ensembles_that_are_refused(world, agree):
         ([1.0], ["list"]),
     ]:
         refused(agree, words, lambda bad=bad: ensemble(bad if last else good))
-    refused(agree, ["'median'", "mean, vote"], lambda: ensemble(good, "median" if last else "mean"))
+    refused(
+        agree, ["'median'", "mean, vote"], lambda: ensemble(good, how="median" if last else "mean")
+    )
     if world.size > 1:
         for bad, words in [(torch.ones(1, 3), ["[1, 3]"]), (good.double(), ["float64"])]:
             refused(agree, words, lambda bad=bad: ensemble(bad if last else good))
-        refused(agree, ["mean", "vote"], lambda: ensemble(good, "vote" if last else "mean"))
+        refused(agree, ["mean", "vote"], lambda: ensemble(good, how="vote" if last else "mean"))
 
 
 def test_skew_over_ranks(world, agree):

@@ -29,7 +29,7 @@ def test_scatter_gives_each_rank_its_shard(world, agree, kind, length, monkeypat
     monkeypatch.setattr("mpiddl.data.scattering.PIECE_BYTES", 1000)
     for root in range(world.size):
         samples = samples_of(0, length) if world.rank == root else None
-        mine = mpiddl.data.scatter(samples, root, sharding=kind, seed=4)
+        mine = mpiddl.data.scatter(samples, root=root, sharding=kind, seed=4)
         own = numpy.asarray(mpiddl.data.shard(kind, length, seed=4), dtype=int)
         agree(numpy.array_equal(mine, samples_of(0, length)[own]), mine[:5])
 
@@ -47,7 +47,7 @@ def test_scatter_gives_each_rank_its_shard(world, agree, kind, length, monkeypat
     ids=["bf16", "transposed", "backwards", "big endian", "empty samples", "words"],
 )
 def test_scatter_of_any_kind(world, agree, samples):
-    mine = mpiddl.data.scatter(samples if world.rank == 0 else None)
+    mine = mpiddl.data.scatter(samples if world.rank == 0 else None, world)
     own = list(mpiddl.data.shard("contiguous", len(samples)))
     agree(type(mine) is type(samples) and mine.dtype == samples.dtype, mine)
     if isinstance(samples, torch.Tensor):
@@ -86,10 +86,10 @@ def test_scatter_of_bytes(world, agree):
 def test_what_cannot_be_scattered_is_an_error_on_every_rank(world, agree, samples, words):
     root = world.size - 1
     with pytest.raises(DataError) as error:
-        mpiddl.data.scatter(samples() if world.rank == root else None, root)
+        mpiddl.data.scatter(samples() if world.rank == root else None, root=root)
     agree(words in str(error.value) and f"rank {root}" in str(error.value), error.value)
     with pytest.raises(DataError, match="no rank"):
-        mpiddl.data.scatter(None, world.size)
+        mpiddl.data.scatter(None, root=world.size)
 
 
 @pytest.mark.parametrize("lengths", [[5, 0, 1000, 77], [300, 300, 300, 300], [1, 0, 0, 0]])
@@ -103,7 +103,7 @@ def test_shuffle_follows_the_permutation(world, agree, lengths, piece, monkeypat
     labels = torch.from_numpy(samples_of(first, lengths[world.rank], shape=())).to(torch.bfloat16)
     before = inputs.copy()
     for epoch in range(2):
-        got, got_labels = mpiddl.data.shuffle(inputs, labels, seed=2, epoch=epoch)
+        got, got_labels = mpiddl.data.shuffle(inputs, labels, world, seed=2, epoch=epoch)
 
         places = numpy.arange(first, first + lengths[world.rank])
         sources = Permutation(total, [2, epoch]).places_of(places)
@@ -164,7 +164,7 @@ def test_a_sharding_for_other_samples_is_refused(world, agree):
             mpiddl.data.scatter(samples, sharding=sharding("strided", length))
     if world.size > 1:
         with pytest.raises(DataError, match="root"):
-            mpiddl.data.scatter(None, world.rank)
+            mpiddl.data.scatter(None, root=world.rank)
         shuffler = mpiddl.data.Shuffler(numpy.arange(10))
         with pytest.raises(DataError, match="do not agree on epoch"):
             shuffler.epoch(world.rank)

@@ -13,7 +13,7 @@ import torch
 
 from mpiddl.errors import PeerError
 from mpiddl.measure import models, overlap_candidates
-from mpiddl.measure.models import DEFAULTS, ModelSpec, batches, build, loss_of
+from mpiddl.measure.models import DEFAULTS, ModelSpec, batches, build, loss_of, nbytes_of
 from mpiddl.measure.overlap import Row, deviations, distances_of, median_and_interval
 from mpiddl.measure.overlap_candidates import Others, expanded
 from mpiddl.measure.overlap_report import HEADINGS, describe_model, line_of, problems, ratios
@@ -87,11 +87,16 @@ def test_every_parameter_takes_part(spec):
     inputs, targets = batches(spec, rank=0, count=1)[0]
     loss_of(spec, model(inputs), targets).backward()
 
+    assert nbytes_of(spec) == sum(parameter.nbytes for parameter in model.parameters())
     assert len(inputs) == spec.batch
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
     assert any(parameter.grad.any() for parameter in model.parameters())
+
+
+def test_a_model_that_torch_cannot_count_is_large():
+    assert nbytes_of(ModelSpec("cnn", width=1 << 20, layers=900, batch=1)) > 1 << 60
 
 
 @pytest.mark.parametrize("spec", SMALL, ids=lambda spec: spec.name)

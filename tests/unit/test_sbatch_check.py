@@ -55,6 +55,20 @@ ASKING = [
         launched(f"{LAUNCH.replace(' python', ' -n 8 python')}", (TASKS + "\n", "")),
     ),
     (
+        good((TASKS, "#SBATCH --ntasks-per-core=1")),
+        7,
+        "nothing says how many ranks",
+        "write #SBATCH --ntasks-per-node=N",
+        good((TASKS, "#SBATCH --tasks-per-node=4")),
+    ),
+    (
+        launched("mpirun -n 4 python train.py", (TASKS, "#SBATCH --tasks=4")),  # 4 on each node
+        7,
+        "asks for 8",
+        "mpirun -n",
+        launched("srun --cpus-per-t=2 --mp=pmix python t.py", (TASKS, "#SBATCH --tasks 4")),
+    ),
+    (
         launched("srun --mpi=pmix python train.py"),
         7,
         "does not inherit --cpus-per-task=2",
@@ -135,6 +149,65 @@ LAUNCHING = [
         "torch.distributed.run starts",
         "srun --mpi=pmix python",
         launched("python -m pip list\n" + LAUNCH),
+    ),
+    (
+        launched("srun -c 2 --mpi=pmix horovodrun -np 8 python train.py"),
+        7,
+        "horovodrun starts processes that are no MPI ranks",
+        "srun --mpi=pmix python",
+        launched("horovodrun --mpi -np 8 python train.py\nsrun -J deepspeed " + LAUNCH[5:]),
+    ),
+    (
+        launched("timeout 60 deepspeed --num_gpus=4 train.py"),
+        7,
+        "deepspeed starts processes",
+        "srun --mpi=pmix python",
+        launched(
+            "pip install deepspeed\ndeepspeed --launcher openmpi train.py\n"
+            + LAUNCH
+            + " --strategy deepspeed"
+        ),
+    ),
+    (
+        launched('run="accelerate launch -m"\nall="$run train"\nsrun -c 2 --mpi=pmix $all'),
+        9,
+        "accelerate launch starts processes",
+        "srun --mpi=pmix python",
+        launched("accelerate config\n" + LAUNCH),
+    ),
+    (
+        launched('srun -c 2 --mpi=pmix bash -c "cd x; python3 -m deepspeed.launcher.runner t.py"'),
+        7,
+        "deepspeed.launcher.runner starts processes",
+        "srun --mpi=pmix python",
+        launched("srun -c 2 --mpi=pmix bash -c 'cd deepspeed && python3 t.py'"),
+    ),
+    (
+        launched(f"while read rate; do\n{LAUNCH} $rate\ndone < rates"),
+        8,
+        "srun reads the lines that are meant for the loop's `read`",
+        "write </dev/null behind it",
+        launched(f"while read rate; do\n{LAUNCH} $rate </dev/null\ndone < rates"),
+    ),
+    (
+        launched("cat rates | while read r; do srun -n 1 ./fetch $r; done\n" + LAUNCH),
+        7,
+        "the loop runs once",
+        "</dev/null",
+        launched("for r in 1; do while read x; do :; done < a\nsrun -n 1 ./f $r; done\n" + LAUNCH),
+    ),
+    (
+        launched("go() { mpirun -n 8 python t.py $1; }\nwhile true; do read x\ngo $x; done < xs"),
+        7,
+        "mpirun reads the lines",
+        "</dev/null",
+        launched(
+            "go() { mpirun -n 8 python t.py $1; }\nwhile read -u 3 x; do go $x; done 3< xs\n"
+            "while read x <&3; do go $x; done 3< xs\n"
+            "while read x; do go $x </dev/null; go <<< $x; echo $x | go; done < xs\n"
+            "while read x; do srun -c 2 --mpi=pmix -i none python x.py; done < xs\n"
+            "while read x; do go $x <<END\ntext\nEND\ndone < xs"
+        ),
     ),
     (
         launched("python train.py"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +13,17 @@ from mpiddl.units import parse_sizes
 if TYPE_CHECKING:
     from mpiddl.comm.world import World
 
-__all__ = ["Device", "check_sizes", "init_on"]
+__all__ = ["MOST_ROUNDS", "Device", "check_sizes", "finite", "init_on"]
+
+MOST_ROUNDS = 100_000
+"""Timings of more would fill the memory."""
+
+
+def finite(value: float | None) -> float | None:
+    """``value``, unless it is infinite or no number, which typer's own limits let pass."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number")
+    return value
 
 
 def check_sizes(text: str) -> str:

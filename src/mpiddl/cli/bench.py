@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mpiddl.cli import bench_overlap
-from mpiddl.cli.arguments import Device, check_sizes, init_on
+from mpiddl.cli.arguments import MOST_ROUNDS, Device, check_sizes, finite, init_on
 from mpiddl.cli.outputs import refuse_files, write_files
 from mpiddl.cli.run import deferred, let_rank_0_speak
 from mpiddl.units import parse_sizes
@@ -68,8 +68,10 @@ Staging = Annotated[
         help="How a GPU's messages go: device,host measures both; default as in training.",
     ),
 ]
-Repeats = Annotated[int, typer.Option(min=1, help="Timed rounds; the median counts.")]
-Warmup = Annotated[int, typer.Option(min=0, help="Rounds before that.")]
+Repeats = Annotated[
+    int, typer.Option(min=1, max=MOST_ROUNDS, help="Timed rounds; the median counts.")
+]
+Warmup = Annotated[int, typer.Option(min=0, max=MOST_ROUNDS, help="Rounds before that.")]
 Check = Annotated[bool, typer.Option("--check/--no-check", help="Count wrong elements.")]
 Fresh = Annotated[
     bool, typer.Option("--fresh", help="Write buffers before each call, outside of the time.")
@@ -79,7 +81,11 @@ Csv = Annotated[Path | None, typer.Option("--csv", help="Write rows.")]
 Plot = Annotated[Path | None, typer.Option("--plot", help="Draw busbw and time, PNG.")]
 MinBusbw = Annotated[
     float | None,
-    typer.Option(help="Exit 1 if `auto` is below this (GB/s) at the largest size: for acceptance."),
+    typer.Option(
+        min=0,
+        callback=finite,
+        help="Exit 1 if `auto` is below this (GB/s) at the largest size: for acceptance.",
+    ),
 ]
 
 
@@ -277,7 +283,7 @@ class _Report:
             problems += [
                 f"auto, {row.placement}: busbw {row.busbw:.2f} is below {min_busbw} GB/s"
                 for row in judged
-                if row.busbw < min_busbw
+                if not row.busbw >= min_busbw
             ]
         for problem in problems:
             self.say(f"FAILED: {problem}")

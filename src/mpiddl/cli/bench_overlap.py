@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mpiddl.cli.arguments import Device, init_on
+from mpiddl.cli.arguments import MOST_ROUNDS, Device, init_on
 from mpiddl.cli.outputs import refuse_files, write_files
 from mpiddl.cli.run import let_rank_0_speak
 from mpiddl.units import parse_bytes
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["overlap"]
 
 DEFAULT_ENGINES = "inline,after,thread"
+MOST_WIDTH, MOST_LAYERS = 1 << 20, 1000
 MEASURING_STEPS = 30
 """Enough for ``DataParallel`` to find out bucket size and engine."""
 
@@ -74,25 +75,37 @@ Engine = Annotated[
     typer.Option(callback=_some_of("engine"), help="Of mpiddl and next: inline,after,thread,auto."),
 ]
 Width = Annotated[
-    int | None, typer.Option(min=1, help="Features, or channels of the CNN's first stage.")
+    int | None,
+    typer.Option(min=1, max=MOST_WIDTH, help="Features, or channels of the CNN's first stage."),
 ]
 Layers = Annotated[
-    int | None, typer.Option(min=1, help="Linear layers, stages of the CNN, transformer blocks.")
+    int | None,
+    typer.Option(
+        min=1, max=MOST_LAYERS, help="Linear layers, stages of the CNN, transformer blocks."
+    ),
 ]
-Batch = Annotated[int | None, typer.Option(min=1, help="Samples of one rank.")]
-Context = Annotated[int | None, typer.Option(min=1, help="Tokens, for the transformer.")]
+Batch = Annotated[int | None, typer.Option(min=1, max=MOST_WIDTH, help="Samples of one rank.")]
+Context = Annotated[
+    int | None, typer.Option(min=1, max=MOST_WIDTH, help="Tokens, for the transformer.")
+]
 BucketSize = Annotated[
     str | None, typer.Option(callback=_check_bucket_size, help="mpiddl's; default its own.")
 ]
 DdpBucketSize = Annotated[
     str | None, typer.Option(callback=_check_bytes, help="torch DDP's; default its own.")
 ]
-Repeats = Annotated[int, typer.Option(min=1, help="Rounds; the median counts.")]
+Repeats = Annotated[int, typer.Option(min=1, max=MOST_ROUNDS, help="Rounds; the median counts.")]
 Warmup = Annotated[
     int | None,
-    typer.Option(min=0, help="Steps of each candidate before those; default 8, with auto 30."),
+    typer.Option(
+        min=0,
+        max=MOST_ROUNDS,
+        help="Steps of each candidate before those; default 8, with auto 30.",
+    ),
 ]
-Steps = Annotated[int, typer.Option(min=1, help="Steps of a candidate in a round.")]
+Steps = Annotated[
+    int, typer.Option(min=1, max=MOST_ROUNDS, help="Steps of a candidate in a round.")
+]
 Json = Annotated[Path | None, typer.Option("--json", help="Write environment, models and rows.")]
 Plot = Annotated[Path | None, typer.Option("--plot", help="Draw exposed time, PNG.")]
 
@@ -152,9 +165,13 @@ def _measure(
 ) -> None:
     """Rows of one model; an error if a candidate was ``wanted`` by name and cannot run."""
     from mpiddl.errors import PeerError
+    from mpiddl.measure.memory import check_room
+    from mpiddl.measure.models import nbytes_of
     from mpiddl.measure.overlap import measure
     from mpiddl.measure.overlap_candidates import candidates
 
+    # Each candidate has parameters and gradients of its own.
+    check_room(2 * len(names) * nbytes_of(spec), f"{spec.name} of this size", report.world)
     found, missing = candidates(names, spec, report.options, others, report.world)
     for reason in missing.values():
         if wanted:

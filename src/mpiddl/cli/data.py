@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from mpiddl.data.skewness import Skew
 
 __all__ = ["app", "report"]
+
+MOST_RANKS = 100_000
 
 app = typer.Typer(help="How samples are spread over ranks.", no_args_is_help=True)
 
@@ -32,8 +35,10 @@ def report(
     sharding: Annotated[
         str, typer.Option(help="contiguous, strided, random, hash, stratified, grouped, ...")
     ] = "contiguous",
-    ranks: Annotated[int | None, typer.Option(min=1, help="Needed with --labels.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sharding.")] = 0,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, max=MOST_RANKS, help="Needed with --labels.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the sharding.")] = 0,
     keys: Annotated[Path | None, typer.Option(help="For hash: a 1-D .npy file.")] = None,
     groups: Annotated[Path | None, typer.Option(help="For grouped: a 1-D .npy file.")] = None,
     weights: Annotated[
@@ -87,14 +92,17 @@ def _skew(
     from mpiddl.data.readers.npy import read_npy
     from mpiddl.data.shardings import SHARDINGS, sharding
     from mpiddl.data.skewness import skew_of
+    from mpiddl.errors import DataError
 
     classes = read_npy(labels)
+    if classes.ndim != 1:
+        raise DataError(f"{labels} must have one dimension, got shape {classes.shape}")
     options: dict[str, Any] = {"seed": seed, "weights": weights}
     options["keys"] = None if keys is None else read_npy(keys)
     options["groups"] = None if groups is None else read_npy(groups)
     if name in SHARDINGS and "labels" in inspect.signature(SHARDINGS[name]).parameters:
         options["labels"] = classes
-    dealt = sharding(name, classes.shape[0] if classes.ndim else 0, **options)
+    dealt = sharding(name, len(classes), **options)
     return skew_of(classes, [dealt.shard(rank, ranks) for rank in range(ranks)])
 
 
@@ -133,7 +141,7 @@ def _balance_in(path: Path) -> Balance:
 
 def _check_weights(text: str | None) -> str | None:
     try:
-        if text is not None and min(float(part) for part in text.split(",")) <= 0:
+        if text is not None and not all(0 < float(part) < math.inf for part in text.split(",")):
             raise ValueError
     except ValueError:
         raise typer.BadParameter(f"{text!r} is no list of positive numbers; write 2,1,1") from None

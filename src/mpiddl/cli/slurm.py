@@ -12,6 +12,7 @@ import typer
 __all__ = ["CONTEXT", "slurm"]
 
 # What follows the program's name is the program's, with or without a `--` in front.
+MOST = 1_000_000
 CONTEXT = {"allow_interspersed_args": False}
 
 
@@ -20,14 +21,14 @@ def slurm(
         list[str] | None,
         typer.Argument(metavar="-- PROGRAM", help="What each rank runs, with its arguments."),
     ] = None,
-    nodes: Annotated[int, typer.Option(min=1, help="Hosts.")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, max=MOST, help="Hosts.")] = 1,
     ranks_per_node: Annotated[
-        int | None, typer.Option(min=1, help="Default: as many as GPUs, else 1.")
+        int | None, typer.Option(min=1, max=MOST, help="Default: as many as GPUs, else 1.")
     ] = None,
     gpus_per_node: Annotated[
-        int | None, typer.Option(min=1, help="Every rank sees all of its node.")
+        int | None, typer.Option(min=1, max=MOST, help="Every rank sees all of its node.")
     ] = None,
-    cpus_per_rank: Annotated[int, typer.Option(min=1, help="Cores, and threads.")] = 1,
+    cpus_per_rank: Annotated[int, typer.Option(min=1, max=MOST, help="Cores, and threads.")] = 1,
     time: Annotated[
         str,
         typer.Option(

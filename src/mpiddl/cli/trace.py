@@ -41,7 +41,10 @@ def merge(
 
 
 def plot(
-    trace_file: Annotated[Path, typer.Argument(metavar="RUN.JSON", help="What merge wrote.")],
+    trace_file: Annotated[
+        Path,
+        typer.Argument(metavar="RUN.JSON", help="What merge wrote, or a folder that it reads."),
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", help="PNG, PDF or SVG.")] = Path(
         "run.png"
     ),
@@ -67,7 +70,7 @@ def plot(
 
 def show(
     path: Annotated[Path, typer.Argument(help="A folder of recordings, or one of them.")],
-    last: Annotated[int, typer.Option(min=1, help="Events a rank.")] = 20,
+    last: Annotated[int, typer.Option(min=1, max=1 << 30, help="Events a rank.")] = 20,
 ) -> None:
     """Print what each rank did last."""
     from mpiddl.measure import trace
@@ -93,7 +96,7 @@ def _steps_in(text: str) -> range:
 
 def _check_steps(text: str) -> str:
     try:
-        if text and not _steps_in(text):
+        if text and (not _steps_in(text) or _steps_in(text)[0] < 0):
             raise ValueError
     except ValueError:
         raise typer.BadParameter(f"{text!r} is not a step; write 5, or 5:7") from None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mpiddl.cli.arguments import Device, check_sizes, init_on
+from mpiddl.cli.arguments import MOST_ROUNDS, Device, check_sizes, init_on
 from mpiddl.units import format_bytes, parse_sizes
 
 if TYPE_CHECKING:
@@ -23,7 +23,9 @@ def tune(
     sizes: Annotated[
         str, typer.Option(callback=check_sizes, help="As for `mpiddl bench`.")
     ] = "1KiB:64MiB",
-    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds; the median counts.")] = 9,
+    repeats: Annotated[
+        int, typer.Option(min=1, max=MOST_ROUNDS, help="Timed rounds; the median counts.")
+    ] = 9,
     device: Device = "cpu",
     file: Annotated[
         Path | None, typer.Option(help="Default MPIDDL_TUNE, else in the user's cache folder.")

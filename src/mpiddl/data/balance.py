@@ -12,6 +12,7 @@ import numpy
 
 from mpiddl.comm.world import World, current_world
 from mpiddl.data.batches import ShardBatchSampler
+from mpiddl.data.signatures import checks_world
 from mpiddl.errors import DataError
 from mpiddl.overlap.calls import gather_json
 
@@ -41,7 +42,9 @@ class Balancer:
 
     Args:
         batches: What deals samples out: with one global order.
-        model: The ``DataParallel`` that is trained; what it waited for others is not counted.
+        model: The ``DataParallel`` that is trained; what it waited for others is not counted. None
+            counts all time.
+        world: The ranks; default those of ``mpiddl.init()``.
             Without it ``step`` is told.
         every: Steps between two looks; collective. 0: only when ``rebalance()`` is called, between
             epochs, say.
@@ -49,7 +52,6 @@ class Balancer:
             the last look alone.
         tolerance: Shares stay while no rank computes longer than the mean by more than this.
         clock: In seconds.
-        world: The ranks; default those of ``mpiddl.init()``.
 
     Attributes:
         rounds: What every look found: ``step`` (counted from the first), ``shares`` and
@@ -59,16 +61,17 @@ class Balancer:
         ValueError: ``every`` or ``smoothing`` is out of range.
     """
 
+    @checks_world
     def __init__(
         self,
         batches: ShardBatchSampler,
-        model: _Trains | None = None,
+        model: _Trains | None,
+        world: World | None = None,
         *,
         every: int = 0,
         smoothing: float = 0.7,
         tolerance: float = 0.05,
         clock: Callable[[], float] = time.perf_counter,
-        world: World | None = None,
     ) -> None:
         if every < 0 or not 0 < smoothing <= 1:
             raise DataError(f"every={every} must not be negative, 0 < smoothing={smoothing} <= 1")

@@ -17,6 +17,7 @@ from mpiddl.data.shardings import Sharding
 from mpiddl.data.shardings.base import Ordered, Owned, facts_of
 from mpiddl.data.shardings.random import Random
 from mpiddl.data.shardings.weighted import Weighted, shares_of
+from mpiddl.data.signatures import checks_world
 from mpiddl.data.walks import Leg, OrderedWalk, OwnWalk, Place, Walk
 from mpiddl.errors import DataError
 from mpiddl.overlap.together import raise_together
@@ -61,6 +62,7 @@ class ShardBatchSampler(EpochSampler, Sampler[list[int]]):
             ranks do not agree.
     """
 
+    @checks_world
     def __init__(
         self,
         dataset: Sized | int,

@@ -6,6 +6,7 @@ import torch
 
 from mpiddl.comm.world import World, current_world
 from mpiddl.data.agreement import refuse_different
+from mpiddl.data.signatures import checks_world
 from mpiddl.overlap.arguments import describe_buffer
 from mpiddl.overlap.calls import all_reduce
 from mpiddl.overlap.together import raise_together
@@ -15,7 +16,10 @@ __all__ = ["ensemble"]
 WAYS = ("mean", "vote")
 
 
-def ensemble(outputs: torch.Tensor, how: str = "mean", world: World | None = None) -> torch.Tensor:
+@checks_world
+def ensemble(
+    outputs: torch.Tensor, world: World | None = None, *, how: str = "mean"
+) -> torch.Tensor:
     """What the models of all ranks say together of the same samples. Collective.
 
     ``ensemble(...).argmax(1)`` are the predicted classes; of equal ones the smallest.
@@ -23,11 +27,11 @@ def ensemble(outputs: torch.Tensor, how: str = "mean", world: World | None = Non
     Args:
         outputs: Of this rank's model, ``(n, classes)``; the same samples in the same order on every
             rank.
+        world: The ranks; default those of ``mpiddl.init()``.
         how: ``mean``: the mean of what the models say, as it is passed; pass ``softmax(1)`` for
             models whose scores have different scales. ``vote``: each model has one vote for each
             sample, for the class of its highest score, of equal ones the smallest; the result is
             the part of the votes that each class got.
-        world: The ranks; default those of ``mpiddl.init()``.
 
     Returns:
         float32, or float64 where ``outputs`` are; ``(n, classes)``, the same bits on every rank.

@@ -15,6 +15,7 @@ import numpy
 from mpiddl.comm.world import World, current_world
 from mpiddl.data.progress_bar import progress
 from mpiddl.data.relay import PIECE_BYTES, Piece, Relay, check_same_root, reason_of, writers_of
+from mpiddl.data.signatures import checks_world
 from mpiddl.overlap.calls import gather_json
 from mpiddl.overlap.together import raise_together
 from mpiddl.segments import chunked
@@ -23,12 +24,13 @@ from mpiddl.units import format_bytes
 __all__ = ["broadcast_file"]
 
 
+@checks_world
 def broadcast_file(
     path: str | os.PathLike[str],
+    world: World | None = None,
     *,
     to: str | os.PathLike[str] | None = None,
     root: int = 0,
-    world: World | None = None,
 ) -> Path:
     """Copy rank ``root``'s file to the disks of the nodes that do not have it. Collective.
 
@@ -38,10 +40,10 @@ def broadcast_file(
 
     Args:
         path: The file that rank ``root`` reads.
+        world: The ranks; default those of ``mpiddl.init()``.
         to: Where it belongs on this rank's node, the same for all ranks of a node; default
             ``path``. Missing folders are made.
         root: The rank that has the file.
-        world: The ranks; default those of ``mpiddl.init()``.
 
     Returns:
         Where every rank of the node can read it: ``to``, or ``path``.

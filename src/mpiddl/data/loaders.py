@@ -16,10 +16,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from mpiddl.comm.world import current_world, is_running
+from mpiddl.data.signatures import checks_world
 
 __all__ = ["loader"]
 
 
+@checks_world
 def loader(
     dataset: Dataset[Any],
     *,

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from mpiddl.comm.world import World, current_world
 from mpiddl.data.predictions import gather_tensors
+from mpiddl.data.signatures import checks_world
 from mpiddl.errors import DataError
 from mpiddl.overlap.calls import all_reduce
 from mpiddl.overlap.together import raise_together
@@ -27,6 +28,7 @@ __all__ = ["AUC", "Accuracy", "ConfusionMatrix", "Mean"]
 class _Metric:
     """The first fault among this rank's samples, and sums over ranks."""
 
+    @checks_world
     def __init__(self, world: World | None = None) -> None:
         self._given_world = world
         self.reset()
@@ -106,15 +108,16 @@ class Accuracy(_Metric):
     """The part of all samples, over all ranks, whose true class is among the predicted ones.
 
     Args:
+        world: The ranks; default those of ``mpiddl.init()``.
         top_k: The true class must be among the ``top_k`` of highest score. Of equal scores that of
             the smaller class is the higher one.
-        world: The ranks; default those of ``mpiddl.init()``.
 
     Raises:
         DataError: ``top_k`` is not positive.
     """
 
-    def __init__(self, top_k: int = 1, world: World | None = None) -> None:
+    @checks_world
+    def __init__(self, world: World | None = None, *, top_k: int = 1) -> None:
         if top_k < 1:
             raise DataError(f"top_k must be positive, got {top_k}")
         self.top_k = top_k
@@ -166,6 +169,7 @@ class ConfusionMatrix(_Metric):
         DataError: ``num_classes`` is not positive.
     """
 
+    @checks_world
     def __init__(self, num_classes: int, world: World | None = None) -> None:
         if num_classes < 1:
             raise DataError(f"num_classes must be positive, got {num_classes}")

@@ -18,6 +18,7 @@ from mpiddl.comm.world import World, current_world
 from mpiddl.data.fields import Array, Field, bytes_of, kind_of, lay_out, views_of
 from mpiddl.data.relay import PIECE_BYTES, Relay, check_same_root, reason_of, writers_of
 from mpiddl.data.shared_files import SharedFile, remove_unused
+from mpiddl.data.signatures import checks_world
 from mpiddl.errors import DataError
 from mpiddl.overlap.calls import gather_json
 from mpiddl.overlap.together import raise_together
@@ -55,16 +56,17 @@ class NodeSharedDataset(Dataset[tuple[torch.Tensor, ...]]):
         DataError: On every rank: what was passed is no such data, or a node has not the space.
     """
 
+    @checks_world
     def __init__(
         self,
-        *arrays: Array | None,
+        *arrays: Array | World | None,
         world: World | None = None,
         folder: str | os.PathLike[str] | None = None,
         root: int | None = None,
     ) -> None:
         world = world or current_world()
         check_same_root(root, world)
-        given = [array for array in arrays if array is not None]
+        given = [array for array in arrays if not (array is None or isinstance(array, World))]
         self.fields = _agree(given, root, world)
         place = FOLDER if folder is None else Path(folder)
         file, views = _share(given, self.fields, place, root, world)

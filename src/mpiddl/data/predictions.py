@@ -14,6 +14,7 @@ from mpiddl.buckets.agreement import odd_ones, who_has_what
 from mpiddl.collectives.channel import bytes_of
 from mpiddl.comm.world import World, current_world
 from mpiddl.data.agreement import refuse_different
+from mpiddl.data.signatures import checks_world
 from mpiddl.errors import DataError
 from mpiddl.overlap.arguments import check_root
 from mpiddl.overlap.calls import gather_json
@@ -27,13 +28,14 @@ MOST_NAMED = 5
 """Samples that an error names."""
 
 
+@checks_world
 def gather_predictions(
     indices: Sequence[int] | NDArray[Any] | torch.Tensor,
     predictions: NDArray[Any] | torch.Tensor,
     length: int,
+    world: World | None = None,
     *,
     root: int | None = None,
-    world: World | None = None,
 ) -> Any:
     """One row for each sample of the data set, in its order, from what every rank has. Collective.
 
@@ -42,8 +44,8 @@ def gather_predictions(
         predictions: Their rows, ``(n, ...)``: a tensor, on any device, or an array of numbers. A
             rank without samples may pass any empty one.
         length: Samples of the data set.
-        root: The rank that gets the result (the others get None); default every rank.
         world: The ranks; default those of ``mpiddl.init()``.
+        root: The rank that gets the result (the others get None); default every rank.
 
     Returns:
         A tensor on the host, or an array where arrays were passed. Shape: (length, ...).
@@ -79,7 +81,10 @@ def gather_predictions(
     return result.numpy() if as_array else result
 
 
-def gather_tensors(tensor: torch.Tensor, group: World | None = None) -> list[torch.Tensor]:
+@checks_world
+def gather_tensors(
+    tensor: torch.Tensor, world: World | None = None, *, group: World | None = None
+) -> list[torch.Tensor]:
     """Every rank's tensor, in rank order, on every rank; shapes may differ. Collective.
 
     It is what torchmetrics calls a ``dist_sync_fn``, so that its metrics work on MPI ranks:
@@ -89,7 +94,8 @@ def gather_tensors(tensor: torch.Tensor, group: World | None = None) -> list[tor
 
     Args:
         tensor: Any dtype, shape and device.
-        group: The ranks; default those of ``mpiddl.init()``.
+        world: The ranks; default those of ``mpiddl.init()``.
+        group: The same, by the name that torchmetrics uses.
 
     Returns:
         New tensors on the device of ``tensor``. A rank that has nothing, an empty tensor of one
@@ -98,7 +104,7 @@ def gather_tensors(tensor: torch.Tensor, group: World | None = None) -> list[tor
     Raises:
         DataError: On every rank, if one passed no dense tensor.
     """
-    world = group or current_world()
+    world = world or group or current_world()
     problem, place = None, getattr(tensor, "device", "cpu")
     try:
         mine = _on_host(tensor)

@@ -13,6 +13,7 @@ from mpiddl.data.permutation import Permutation
 from mpiddl.data.shardings import Sharding
 from mpiddl.data.shardings import sharding as make_sharding
 from mpiddl.data.shardings.base import refuse_other_data
+from mpiddl.data.signatures import checks_world
 from mpiddl.errors import DataError
 
 __all__ = ["EpochSampler", "ShardSampler"]
@@ -80,6 +81,7 @@ class ShardSampler(EpochSampler, Sampler[int]):
         ValueError: The data set is empty, ``seed`` negative, or the sharding does not fit.
     """
 
+    @checks_world
     def __init__(
         self,
         dataset: Sized | int,

@@ -18,6 +18,7 @@ from mpiddl.data.rows import Kind, Rows, as_rows, kind_of_rows, room_for, take
 from mpiddl.data.shardings import Sharding
 from mpiddl.data.shardings import sharding as make_sharding
 from mpiddl.data.shardings.base import refuse_other_data
+from mpiddl.data.signatures import checks_world
 from mpiddl.errors import DataError
 from mpiddl.overlap.arguments import new_channel, run
 from mpiddl.overlap.calls import broadcast_json
@@ -29,14 +30,15 @@ PIECE_BYTES = 64 << 20
 """For all ranks together: nothing is copied as a whole."""
 
 
+@checks_world
 def scatter(
-    samples: Any = None,
-    root: int = 0,
+    samples: Any,
+    world: World | None = None,
     *,
+    root: int = 0,
     sharding: str | Sharding = "contiguous",
     seed: int = 0,
     out: Any = None,
-    world: World | None = None,
     **options: Any,
 ) -> Any:
     """Each rank's samples of those that rank ``root`` has. Collective.
@@ -46,12 +48,12 @@ def scatter(
     Args:
         samples: On ``root``: a numpy array or a tensor on the host whose first dimension counts
             samples, or a list of ``bytes``. Other ranks pass None.
+        world: The ranks; default those of ``mpiddl.init()``.
         root: The rank that has them.
         sharding: Who gets which, as for ``mpiddl.data.sharding``; used on ``root`` alone.
         seed: Of the sharding.
         out: Where to put them: a contiguous array or tensor of the right kind and length; default
             a new one.
-        world: The ranks; default those of ``mpiddl.init()``.
         options: What the sharding takes.
 
     Returns:

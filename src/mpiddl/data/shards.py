@@ -7,10 +7,12 @@ from typing import Any
 from mpiddl.comm.world import World, current_world
 from mpiddl.data.permutation import Indices
 from mpiddl.data.shardings import sharding
+from mpiddl.data.signatures import checks_world
 
 __all__ = ["shard"]
 
 
+@checks_world
 def shard(
     name: str, length: int, world: World | None = None, *, epoch: int = 0, **options: Any
 ) -> Indices | range:

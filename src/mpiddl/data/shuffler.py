@@ -12,6 +12,7 @@ from mpiddl.data.agreement import refuse_different
 from mpiddl.data.permutation import Permutation
 from mpiddl.data.rows import Rows, kind_of_rows, room_for, take
 from mpiddl.data.shuffling import check_arrays, shuffle
+from mpiddl.data.signatures import checks_world
 from mpiddl.overlap.calls import barrier, gather_json
 
 __all__ = ["Shuffler"]
@@ -36,14 +37,15 @@ class Shuffler:
 
     Args:
         arrays: As for ``shuffle``.
-        seed: Likewise.
         world: The ranks; default those of ``mpiddl.init()``.
+        seed: Likewise.
 
     Raises:
         ValueError: As ``shuffle``.
     """
 
-    def __init__(self, *arrays: Any, seed: int = 0, world: World | None = None) -> None:
+    @checks_world
+    def __init__(self, *arrays: Any, world: World | None = None, seed: int = 0) -> None:
         self._world = world or current_world()
         self._seed = seed
         check_arrays(arrays, [seed], self._world)

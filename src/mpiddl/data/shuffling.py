@@ -17,6 +17,7 @@ from mpiddl.data.agreement import refuse_different
 from mpiddl.data.permutation import Indices, Permutation
 from mpiddl.data.progress_bar import progress
 from mpiddl.data.rows import Rows, kind_of_rows, room_for, take
+from mpiddl.data.signatures import checks_world
 from mpiddl.errors import DataError
 from mpiddl.overlap.arguments import new_channel, start
 from mpiddl.overlap.calls import gather_json
@@ -31,12 +32,13 @@ IN_FLIGHT_BETWEEN_NODES = 4
 """Pieces: so many bytes keep a link busy both ways, whose queues hold up each handshake."""
 
 
+@checks_world
 def shuffle(
     *arrays: Any,
+    world: World | None = None,
     seed: int = 0,
     epoch: int = 0,
     out: Any = None,
-    world: World | None = None,
 ) -> tuple[Any, ...]:
     """As many samples as this rank has, drawn from those of all ranks. Collective.
 
@@ -47,11 +49,11 @@ def shuffle(
     Args:
         arrays: numpy arrays or tensors on the host, of one length on a rank, and one dtype and
             shape of a sample on all ranks: inputs and labels, say. They are left as they are.
+        world: The ranks; default those of ``mpiddl.init()``.
         seed: Of the order; the same on every rank.
         epoch: Likewise.
         out: Where to put them: contiguous arrays of the same kinds and lengths, one for each, to be
             used again every epoch; default new ones.
-        world: The ranks; default those of ``mpiddl.init()``.
 
     Returns:
         As many arrays and tensors.

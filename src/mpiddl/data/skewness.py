@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from mpiddl.comm.world import World, current_world
 from mpiddl.data.labels import codes_of
+from mpiddl.data.signatures import checks_world
 from mpiddl.errors import DataError
 from mpiddl.overlap.calls import gather_json
 from mpiddl.overlap.together import raise_together
@@ -106,6 +107,7 @@ class Skew:
         plot_report(path, self)
 
 
+@checks_world
 def skew(labels: Sequence[Any] | NDArray[Any], world: World | None = None) -> Skew:
     """Compare what classes the ranks have. Collective; the same result on every rank.
 

@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 
 from mpiddl.data.labels import codes_of
 from mpiddl.data.permutation import Indices
+from mpiddl.data.signatures import checks_world
 from mpiddl.errors import DataError
 
 __all__ = ["split"]
 
 
+@checks_world
 def split(
     dataset: Sized | int,
     fractions: Sequence[float] = (0.8, 0.1, 0.1),

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mpiddl.comm.world import World, current_world
+from mpiddl.data.signatures import checks_world
 from mpiddl.errors import DataError
 
 __all__ = ["ShardedStream"]
@@ -48,6 +49,7 @@ class ShardedStream(IterableDataset[T]):
         ValueError: ``shuffle_buffer`` or ``seed`` is negative.
     """
 
+    @checks_world
     def __init__(
         self,
         source: Iterable[T] | Callable[[], Iterable[T]],
@@ -74,6 +76,7 @@ class ShardedStream(IterableDataset[T]):
         self._told = told.share_memory_()  # type: ignore[no-untyped-call]
 
     @staticmethod
+    @checks_world
     def of_files(
         paths: Iterable[str | os.PathLike[str]],
         read: Callable[[str], Iterable[T]],

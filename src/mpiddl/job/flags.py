@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
+from typer.models import OptionInfo
 
+from mpiddl.cli.arguments import finite
 from mpiddl.cli.run import run
 from mpiddl.job import checks
 from mpiddl.job.config import take_config
@@ -23,7 +26,8 @@ __all__ = ["Flags", "command_of", "start"]
 class Flags:
     """A program derives from it, with a default ``out``; fields are typer options.
 
-    ``lr: float = 0.1`` in a derived class changes the default alone.
+    ``lr: float = 0.1`` in a derived class changes the default alone. Integers of more than 64 bits
+    are refused, and so are ``nan`` and ``inf`` unless the option has a callback.
     """
 
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training set.")] = 20
@@ -56,6 +60,7 @@ class Flags:
     ] = None
 
 
+MOST = 2**63 - 1
 F = TypeVar("F", bound=Flags)
 
 _CONFIG = Annotated[
@@ -107,4 +112,20 @@ def _types(flags: type[Flags]) -> dict[str, Any]:
         for name in inspect.get_annotations(owner):
             if get_origin(hints[name]) is Annotated or name not in types:
                 types[name] = hints[name]
-    return types
+    return {name: _guarded(hint) for name, hint in types.items()}
+
+
+def _guarded(hint: Any) -> Any:
+    """``hint`` with an option that refuses the numbers which typer's own limits let pass."""
+    kind, *notes = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+    kinds = set(get_args(kind)) or {kind}
+    if not kinds & {int, float}:
+        return hint
+    option = copy.copy(
+        next((note for note in notes if isinstance(note, OptionInfo)), typer.Option())
+    )
+    if float in kinds:
+        option.callback = option.callback or finite
+    elif option.max is None:
+        option.max = MOST
+    return Annotated[kind, option]

@@ -83,10 +83,17 @@ class Buffers:
             make = mpiddl.empty
         self.placement = placement
         self.device: Device = device_at(world.device)
-        count = 1 if collective in ("all-reduce", "broadcast") else 2
-        self._memory = [make(nbytes, dtype=torch.uint8, device=world.device) for _ in range(count)]
+        self._memory = [
+            make(nbytes, dtype=torch.uint8, device=world.device)
+            for _ in range(self.count(collective))
+        ]
         self.mapped = all(is_mapped(memory, self.device, world) for memory in self._memory)
         self.usable = placement == "plain" or world.size == 1 or self.mapped
+
+    @staticmethod
+    def count(collective: str) -> int:
+        """How many buffers of the full size a collective needs: one where it works in place."""
+        return 1 if collective in ("all-reduce", "broadcast") else 2
 
     def views(self, case: Case, world: World) -> tuple[torch.Tensor, torch.Tensor]:
         """Input and output; the same where a collective works in place."""

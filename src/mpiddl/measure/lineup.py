@@ -14,9 +14,11 @@ from mpiddl.comm.world import World
 from mpiddl.devices.registry import device_at
 from mpiddl.errors import PeerError, UnsupportedBufferError
 from mpiddl.measure.candidates import PLACEMENTS, Buffers, Candidate, Case, InProcess
+from mpiddl.measure.memory import check_room
 from mpiddl.measure.peers import PEERS, Peer
 from mpiddl.measure.sendrecv import SENDRECV, SendRecv
 from mpiddl.overlap.calls import gather_json
+from mpiddl.units import format_bytes
 
 __all__ = ["BESIDE", "ON_GPUS", "candidates", "names_of", "stagings_of"]
 
@@ -142,6 +144,8 @@ def candidates(
     found: list[Candidate] = []
     missing: dict[str, str] = {}
     own = [name for name in names if name not in BESIDE]
+    room = Buffers.count(collective) * len(PLACEMENTS if own else ()) * nbytes
+    check_room(room, f"{collective} of {format_bytes(nbytes)}", world)
     placements = [Buffers(place, collective, nbytes, world) for place in PLACEMENTS if own]
     on_gpu = device_at(world.device).late
     for name in names:

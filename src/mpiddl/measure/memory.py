@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import psutil
 import torch
 
 from mpiddl.comm.world import World
+from mpiddl.errors import PeerError
 from mpiddl.overlap.calls import barrier, gather_json
+from mpiddl.units import format_bytes
 
-__all__ = ["busbw_limit", "measure_memory"]
+__all__ = ["busbw_limit", "check_room", "measure_memory"]
 
 STREAM_BYTES = 64 << 20
 """Of each of the three arrays: larger than a core's caches."""
@@ -46,3 +49,27 @@ def busbw_limit(stream_gbps: float, ranks: int) -> float:
     2(n-1)/n of it.
     """
     return stream_gbps * (ranks - 1) / ranks**2
+
+
+def check_room(nbytes: int, what: str, world: World) -> None:
+    """Refuse what cannot fit before anything is allocated. Collective.
+
+    Args:
+        nbytes: What each rank needs at least, on its device.
+        what: What needs it, for the message.
+        world: The ranks.
+
+    Raises:
+        PeerError: On every rank, if the ranks of one have not enough memory in common.
+    """
+    if world.device.type == "cuda":
+        free, sharers = torch.cuda.mem_get_info(world.device)[0], world.gpu_sharers
+    else:
+        free, sharers = psutil.virtual_memory().available, world.local_size
+    everyones = gather_json([nbytes, free, sharers], world=world)
+    for rank, (needed, left, ranks) in enumerate(everyones):
+        if needed * ranks > left:
+            raise PeerError(
+                f"{what} takes at least {format_bytes(needed)} of memory a rank, and the {ranks} "
+                f"ranks where rank {rank} is have {format_bytes(left)} left in all: ask for less"
+            )

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-__all__ = ["DEFAULTS", "USUAL", "ModelSpec", "batches", "build", "loss_of"]
+__all__ = ["DEFAULTS", "USUAL", "ModelSpec", "batches", "build", "loss_of", "nbytes_of"]
 
 MODEL_SEED = 0
 DATA_SEED = 1000
 """Plus the rank: every rank has samples of its own."""
+_UNCOUNTED = 2**63 - 1
 IMAGE, CLASSES, TOKENS, HEAD_WIDTH = 32, 10, 512, 64
 
 
@@ -103,6 +104,15 @@ def build(spec: ModelSpec) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(MODEL_SEED)
         return make(spec)
+
+
+def nbytes_of(spec: ModelSpec) -> int:
+    """Size of all parameters; none of them is allocated."""
+    try:
+        with torch.device("meta"):
+            return sum(each.nbytes for each in build(spec).parameters())
+    except (RuntimeError, OverflowError, TypeError):  # torch cannot even count them
+        return _UNCOUNTED
 
 
 def batches(

@@ -166,13 +166,18 @@ def _row_of_tag(tag: int, about: Mapping[str, Any]) -> int:
 def read_trace(path: Path) -> list[Span]:
     """The spans of what ``merge`` made, times in nanoseconds from its start.
 
+    Args:
+        path: A file that holds it, or a folder of recordings, which are merged.
+
     Raises:
         RecordingError: It is no such file.
     """
     try:
-        content = json.loads(path.read_text())
+        content = merge(read_folder(path)) if path.is_dir() else json.loads(path.read_text())
     except OSError as error:
         raise RecordingError(f"{path}: {error.strerror}") from None
+    except RecordingError:
+        raise
     except ValueError:
         raise RecordingError(f"{path} is not JSON; make it with `mpiddl trace merge`") from None
     try:

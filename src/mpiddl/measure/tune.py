@@ -16,8 +16,10 @@ from mpiddl.comm.world import World
 from mpiddl.errors import UnsupportedBufferError
 from mpiddl.measure.bandwidth import Plan, Row, measure
 from mpiddl.measure.candidates import Buffers, Candidate, Case, InProcess
+from mpiddl.measure.memory import check_room
 from mpiddl.overlap.arguments import new_channel, run
 from mpiddl.overlap.calls import all_reduce
+from mpiddl.units import format_bytes
 
 __all__ = ["choices_of", "tune"]
 
@@ -56,6 +58,7 @@ def tune(world: World, sizes: Sequence[int], repeats: int) -> Iterator[Row]:
     some, on ``world.device``. Collective; the same rows on every rank.
     """
     world.tuned = []  # auto goes by the rules while it is measured
+    check_room(2 * max(sizes), f"all-reduce of {format_bytes(max(sizes))}", world)
     placements = [Buffers(place, "all-reduce", max(sizes), world) for place in ("empty", "plain")]
     buffers = next(buffers for buffers in placements if buffers.usable)
     ways: list[Candidate] = []

@@ -10,13 +10,13 @@ import re
 from collections.abc import Callable, Iterator
 
 from mpiddl.sbatch.script import Finding, Script, directive_words, read_script
+from mpiddl.sbatch.shell import Command
 from mpiddl.sbatch.signals import SIGNAL_FINDERS
 
 __all__ = ["check_script"]
 
 _BROKEN_DIRECTIVE = re.compile(r"#+\s*SBATCH\s*-|#(?i:sbatch)\s*-")  # `#  sbatch -N 2 x` is prose
 _OWN_DEVICES = re.compile(r"CUDA_VISIBLE_DEVICES=\S*(LOCALID|PROCID|RANK)")
-_TORCHRUN = re.compile(r"torchrun|torch\.distributed\.(run|launch)")
 _ALL_GPUS = "--gpus-per-node=N --gpu-bind=none, and as many ranks per node"
 
 
@@ -70,7 +70,7 @@ def _variables_in_directives(script: Script) -> Iterator[Finding]:
 
 
 def _no_launch(script: Script) -> Iterator[Finding]:
-    if script.launches or script.opaque or script.ranks == 1 or _TORCHRUN.search(script.text):
+    if script.launches or script.foreign or script.opaque or script.ranks == 1:
         return
     for command in script.commands:
         words = command.words
@@ -107,14 +107,40 @@ def _srun_mpirun(script: Script) -> Iterator[Finding]:
             )
 
 
-def _torchrun(script: Script) -> Iterator[Finding]:
-    for command in script.commands:
-        if found := _TORCHRUN.search(" ".join(command.words)):
+def _foreign_launchers(script: Script) -> Iterator[Finding]:
+    for command, launcher in script.foreign:
+        yield Finding(
+            command.line,
+            f"{launcher} starts processes that are no MPI ranks",
+            "write srun --mpi=pmix python ..., one task for each rank",
+        )
+
+
+def _loops(script: Script) -> Iterator[Finding]:
+    for launch in script.starts:
+        called = script.calls(launch.command.function) if launch.command.function else []
+        quiet = launch.options.get("input") == "none" or _NO_INPUT.search(" ".join(launch.words))
+        if not quiet and any(_eats_lines(script, each) for each in [launch.command, *called]):
             yield Finding(
-                command.line,
-                f"{found.group()} starts processes that are no MPI ranks",
-                "write srun --mpi=pmix python ..., one task for each rank",
+                launch.command.line,
+                f"{launch.launcher} reads the lines that are meant for the loop's `read`, which "
+                "then finds none: the loop runs once",
+                "write </dev/null behind it",
             )
+
+
+_NO_INPUT = re.compile(r"--?stdin[= ]none")
+
+
+def _eats_lines(script: Script, command: Command) -> bool:
+    """Whether it has the standard input of a loop in which a ``read`` wants the next line."""
+    if command.has_input or command.background:  # bash gives what is in the background /dev/null
+        return False
+    return any(
+        each.loops[-1] in command.loops and not each.has_input
+        for each in script.calls("read")
+        if each.loops and not any(re.match(r"-\w*u", word) for word in each.words)
+    )
 
 
 def _bound_gpus(script: Script) -> Iterator[Finding]:
@@ -230,7 +256,8 @@ _FINDERS: tuple[Callable[[Script], Iterator[Finding]], ...] = (
     _no_launch,
     _no_mpi,
     _srun_mpirun,
-    _torchrun,
+    _foreign_launchers,
+    _loops,
     _bound_gpus,
     _own_devices,
     _no_tasks,

@@ -72,8 +72,7 @@ class Lexer:
                     return
                 if operator.group() in ("<<", "<<-"):
                     self._expect_document(operator.group() == "<<-")
-                    continue
-                if operator.group() == "\n":
+                elif operator.group() == "\n":
                     self._skip_documents()
                 else:
                     self._started = True

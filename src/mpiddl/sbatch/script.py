@@ -12,21 +12,36 @@ from typing import NamedTuple
 from mpiddl.sbatch.lexer import Comment, ShellError
 from mpiddl.sbatch.shell import Command, read_commands
 
-__all__ = ["Directive", "Finding", "Launch", "Script", "directive_words", "read_script"]
+__all__ = ["Directive", "Finding", "Foreign", "Launch", "Script", "directive_words", "read_script"]
 
 MPIRUNS = {"mpirun", "mpiexec", "mpiexec.hydra", "orterun", "prterun"}
 _WRAPPERS = {"exec", "command", "time", "env", "nohup", "nice", "timeout", "stdbuf", "numactl"}
+_CONTAINERS = {"singularity", "apptainer", "shifter", "ch-run", "enroot", "podman", "docker"}
+_SHELLS = {"bash", "sh", "dash", "zsh", "ksh"}
 # Started by srun for their own sake: no ranks. (What env or numactl starts may be ranks.)
 _HELPER = re.compile(
     r"hostname|cat|chmod|cp|date|df|du|echo|free|ls|lscpu|mkdir|mv|nproc|nvidia-smi|printenv|pwd"
     r"|rm|rmdir|rsync|sleep|tar|touch|true|uname|uptime"
 )
+# How launchers of other frameworks are called, and the option by which they start MPI ranks.
+_FOREIGN = (
+    (r"torchrun|-m torch\.distributed\.(?:run|launch)", None),
+    (r"horovodrun|-m horovod\.runner(?:\.\w+)?", "--mpi"),
+    (r"deepspeed|-m deepspeed\.launcher\.\w+", "--launcher[= ](openmpi|mpich|impi|mvapich|slurm)"),
+    (r"accelerate[ -]launch|-m accelerate\.commands\.(?:launch|\w+ launch)", "--mpirun_hostfile"),
+    (r"(?:fabric|lightning|colossalai) run", None),
+)
+_FOREIGN_NAME = re.compile(
+    r"torchrun|horovodrun|deepspeed|accelerate(-launch)?|fabric|lightning|colossalai"
+)
+_PYTHON = re.compile(r"python[\d.]*")
 _LONG_NAMES = {
     "n": "ntasks",
     "N": "nodes",
     "c": "cpus-per-task",
     "G": "gpus",
     "K": "kill-on-bad-exit",
+    "i": "input",
 }
 _WITHOUT_VALUE = set("HIKOQXZhklsuvV")
 _FLAGS = {
@@ -55,6 +70,25 @@ _FLAGS = {
     "use-min-nodes",
     "verbose",
     "whole",
+}
+# Options that checks ask for. Slurm takes any abbreviation that no two options share.
+_KNOWN = _FLAGS | {
+    "cpus-per-task",
+    "gpu-bind",
+    "gpus",
+    "gpus-per-task",
+    "input",
+    "mpi",
+    "nodes",
+    "ntasks",
+    "ntasks-per-gpu",
+    "ntasks-per-node",
+    "ntasks-per-socket",
+    "open-mode",
+    "signal",
+    "tasks-per-node",
+    "tres-bind",
+    "tres-per-task",
 }
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?:\[[@*]\])?\})")
 
@@ -85,6 +119,7 @@ class Launch:
         words: The launcher as it is called, and all that follows.
         program: What it starts.
         replaces_shell: ``exec`` stands in front.
+        is_helper: What it starts is no training: a ``hostname``, or one task.
     """
 
     command: Command
@@ -93,10 +128,18 @@ class Launch:
     words: list[str]
     program: list[str]
     replaces_shell: bool
+    is_helper: bool
 
     @property
     def is_srun(self) -> bool:
         return self.launcher == "srun"
+
+
+class Foreign(NamedTuple):
+    """Where a launcher that knows nothing of MPI starts processes."""
+
+    command: Command
+    launcher: str
 
 
 @dataclass(frozen=True)
@@ -105,6 +148,8 @@ class Script:
 
     Attributes:
         directives: Those that Slurm reads, in order.
+        starts: All calls of srun and mpirun.
+        foreign: Calls of other frameworks' launchers.
         opaque: Some command is named by a variable, so launches may be missing.
     """
 
@@ -113,8 +158,14 @@ class Script:
     directives: list[Directive]
     comments: list[Comment]
     commands: list[Command]
-    launches: list[Launch]
+    starts: list[Launch]
+    foreign: list[Foreign]
     opaque: bool
+
+    @property
+    def launches(self) -> list[Launch]:
+        """Where the ranks are started."""
+        return [each for each in self.starts if not each.is_helper]
 
     def asked(self, *names: str) -> Directive | None:
         """The last directive of one of these names: it counts."""
@@ -156,13 +207,14 @@ def read_script(text: str) -> Script:
         for name, value in _options(directive_words(comment.text) or [], positionals=False)[0]
     ]
     constants = _constants(commands)
-    launches, opaque = [], False
+    starts, foreign, opaque = [], [], False
     for command in commands:
         words = _substituted(command.words, constants)
         opaque = opaque or any(word.startswith("$") for word in words[:1])
-        launch = _launch_in(command, words)
-        launches += [launch] if launch else []
-    return Script(text, shebang, directives, comments, commands, launches, opaque)
+        launch, other = _launch_in(command, words), _foreign_launcher(words)
+        starts += [launch] if launch else []
+        foreign += [Foreign(command, other)] if other else []
+    return Script(text, shebang, directives, comments, commands, starts, foreign, opaque)
 
 
 def directive_words(line: str) -> list[str] | None:
@@ -185,6 +237,7 @@ def _options(
             return found, rest if word == "--" else [word, *rest]
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
+            name = _in_full(name)
             if not equals and name not in _FLAGS and rest and not rest[0].startswith("-"):
                 value = rest.pop(0)
             found.append((name, value))
@@ -194,6 +247,13 @@ def _options(
                 value = rest.pop(0)
             found.append((_LONG_NAMES.get(letter, letter), value))
     return found, rest
+
+
+def _in_full(name: str) -> str:
+    """``"tasks"`` -> ``"ntasks-per-node"``, whose other name, ``tasks-per-node``, it begins."""
+    found = [name] if name in _KNOWN else [each for each in _KNOWN if each.startswith(name)]
+    name = found[0] if len(found) == 1 else name
+    return "ntasks-per-node" if name == "tasks-per-node" else name
 
 
 def _launch_in(command: Command, words: list[str]) -> Launch | None:
@@ -208,15 +268,54 @@ def _launch_in(command: Command, words: list[str]) -> Launch | None:
     if launcher == "srun":
         pairs, program = _options(arguments)
         options = dict(pairs)
-        if (
+        is_helper = (
             not program
-            or _HELPER.fullmatch(PurePath(program[0]).name)
+            or _HELPER.fullmatch(PurePath(program[0]).name) is not None
             or options.get("ntasks") == "1"
-        ):
-            return None
+        )
     else:
         options, program = _mpirun_options(arguments)
-    return Launch(command, launcher, options, words[place:], program, "exec" in names[:place])
+        is_helper = False
+    replaces_shell = "exec" in names[:place]
+    return Launch(command, launcher, options, words[place:], program, replaces_shell, is_helper)
+
+
+def _foreign_launcher(words: list[str]) -> str | None:
+    """The framework's launcher that a command calls, also behind ``srun`` or in ``bash -c``."""
+    name = PurePath(words[0]).name if words else ""
+    if name == "srun":
+        return _foreign_launcher(_options(words[1:])[1])
+    if name in _SHELLS:
+        return _foreign_in_shell(words[1:])
+    if name in MPIRUNS | _WRAPPERS | _CONTAINERS:
+        places = (at for at, word in enumerate(words) if at and _may_start(word))
+        return _foreign_launcher(words[next(places, len(words)) :])
+    call = " ".join(words[1:] if _PYTHON.fullmatch(name) else [name, *words[1:]])
+    for pattern, by_mpi in _FOREIGN:
+        if found := re.match(rf"({pattern})(?=\s|$)", call):
+            is_mpi = by_mpi and re.search(rf"\s{by_mpi}(\s|=|$)", call)
+            return None if is_mpi else found.group(1).removeprefix("-m ")
+    return None
+
+
+def _foreign_in_shell(words: list[str]) -> str | None:
+    """The first such launcher in the text behind ``bash -c``."""
+    text = next((words[at + 1] for at, word in enumerate(words[:-1]) if _RUNS_TEXT(word)), "")
+    try:
+        commands = read_commands(text)[0]
+    except ShellError:
+        return None
+    return next(filter(None, (_foreign_launcher(each.words) for each in commands)), None)
+
+
+_RUNS_TEXT = re.compile(r"-[a-z]*c").fullmatch
+
+
+def _may_start(word: str) -> bool:
+    """Whether a program that ``mpirun`` or ``env`` starts begins here."""
+    name = PurePath(word).name
+    is_known = name in {"srun", *MPIRUNS, *_SHELLS}
+    return is_known or bool(_PYTHON.fullmatch(name) or _FOREIGN_NAME.fullmatch(name))
 
 
 def _mpirun_options(words: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -257,19 +356,29 @@ def _constants(commands: list[Command]) -> dict[str, list[str]]:
 
 
 def _substituted(words: list[str], constants: dict[str, list[str]]) -> list[str]:
-    """With what variables are known to hold."""
-    result = []
+    """With what variables are known to hold, and what those hold in turn."""
+    result: list[str] = []
     for word in words:
         whole = _VARIABLE.fullmatch(word)
         name = (whole.group(1) or whole.group(2)) if whole else ""
         if name in constants:
             values = constants[name]
-            result += values if len(values) != 1 else values[0].split() or [""]
+            held = values if len(values) != 1 else values[0].split() or [""]
+            result += _substituted(held, _without(name, constants))
         else:
             result.append(_VARIABLE.sub(lambda found: _scalar(found, constants), word))
     return result
 
 
 def _scalar(found: re.Match[str], constants: dict[str, list[str]]) -> str:
-    values = constants.get(found.group(1) or found.group(2), [])
-    return values[0] if len(values) == 1 else found.group()
+    name = found.group(1) or found.group(2)
+    values = constants.get(name, [])
+    if len(values) != 1:
+        return found.group()
+    rest = _without(name, constants)
+    return _VARIABLE.sub(lambda inner: _scalar(inner, rest), values[0])
+
+
+def _without(name: str, constants: dict[str, list[str]]) -> dict[str, list[str]]:
+    """All others: what ``PATH=/opt:$PATH`` holds is taken once."""
+    return {other: values for other, values in constants.items() if other != name}

@@ -14,7 +14,9 @@ from mpiddl.sbatch.lexer import Comment, Lexer, Token
 
 __all__ = ["Command", "read_commands"]
 
-_REDIRECTIONS = {"<", ">", ">>", "<&", ">&", "&>", "&>>", "<>", ">|", "<<<"}
+_DOCUMENTS = {"<<", "<<-"}  # their targets are read already
+_INPUTS = {"<", "<&", "<>", "<<<", *_DOCUMENTS}
+_REDIRECTIONS = {">", ">>", ">&", "&>", "&>>", ">|", *_INPUTS}
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)(?:\[[^]]*\])?(\+?)=(.*)", re.DOTALL)
 _CLOSERS = {"if": "fi", "while": "done", "until": "done", "for": "done", "select": "done"}
 _CLOSERS |= {"case": "esac", "{": "}", "(": ")"}
@@ -34,7 +36,8 @@ class Command:
         background: An ``&`` follows it, or the list or group that it is part of.
         piped: Its output goes into another command, which makes the status.
         checked: Its status decides what runs next: a condition, or a ``||`` follows.
-        repeated: It stands in a loop.
+        has_input: Its standard input is redirected, or a pipe that no loop around it reads.
+        loops: The loops around it, by number, the innermost last.
     """
 
     line: int
@@ -44,7 +47,13 @@ class Command:
     background: bool = False
     piped: bool = False
     checked: bool = False
-    repeated: bool = False
+    has_input: bool = False
+    loops: tuple[int, ...] = ()
+
+    @property
+    def repeated(self) -> bool:
+        """Whether it stands in a loop."""
+        return bool(self.loops)
 
 
 @dataclass
@@ -55,6 +64,7 @@ class _Group:
     list_start: int
     part_start: int
     function: str | None
+    number: int
 
 
 def read_commands(text: str) -> tuple[list[Command], list[Comment]]:
@@ -81,6 +91,8 @@ class _Reader:
         # The commands from here on are what a following `&` or `||`, or a `|`, is about.
         self._list_start = self._part_start = 0
         self._in_condition = self._is_skipping = self._wants_target = False
+        self._opened = 0
+        self._after_pipe = False
         self._function: str | None = None  # its body comes next
         self._in_parameters = self._after_parameters = False  # the () behind its name
 
@@ -98,8 +110,10 @@ class _Reader:
                     token.line,
                     function=self._inside,
                     checked=self._in_condition,
-                    repeated=any(group.closer == "done" for group in self._groups),
+                    has_input=self._after_pipe,
+                    loops=tuple(each.number for each in self._groups if each.closer == "done"),
                 )
+            self._after_pipe = False
             found = None if self._command.words else _ASSIGNMENT.fullmatch(token.text)
             if found:
                 name, more, value = found.groups()
@@ -114,7 +128,9 @@ class _Reader:
         if self._is_testing:
             pass
         elif operator in _REDIRECTIONS:
-            self._wants_target = True
+            self._wants_target = operator not in _DOCUMENTS
+            if operator in _INPUTS and self._command is not None:
+                self._command.has_input = True
         elif operator == "(":
             self._open_bracket()
         elif operator == ")":
@@ -134,6 +150,7 @@ class _Reader:
             if operator not in ("&&", "||", "|", "|&"):
                 self._list_start = len(self.commands)
             self._part_start = len(self.commands)
+            self._after_pipe = operator in ("|", "|&") or (operator == "\n" and self._after_pipe)
 
     def end_command(self) -> None:
         """Also where nothing has begun."""
@@ -172,8 +189,16 @@ class _Reader:
     def _open(self, word: str) -> None:
         function, self._function, self._after_parameters = self._function, None, False
         self._groups.append(
-            _Group(_CLOSERS[word], self._list_start, self._part_start, function or None)
+            _Group(
+                _CLOSERS[word],
+                self._list_start,
+                self._part_start,
+                function or None,
+                self._opened,
+            )
         )
+        self._opened += 1
+        self._after_pipe = False
         self._list_start = self._part_start = len(self.commands)
         self._is_skipping = word in _NO_COMMANDS
         self._in_condition = self._in_condition or word in _CONDITIONS

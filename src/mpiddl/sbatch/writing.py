@@ -15,7 +15,7 @@ SECONDS_TO_SAVE = 60
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: with what a job ends that has saved its state
 MOST_RESTARTS = 100
 
-_TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}")
+_TIME = re.compile(r"(\d{1,7}|\d{1,5}-\d{1,7})(:\d{1,7}){0,2}")
 _NAME = re.compile(r"[A-Za-z0-9][\w.+,-]*", re.ASCII)
 _PRINTABLE = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]*")
 
