@@ -58,6 +58,8 @@ def doctor(
     if world is not None and _all_on_gpus(facts):
         copies, trap = _copies(world)
         traps += trap
+    if world is not None:
+        traps += _start(world)
     if launch.is_first if world is None else world.rank == 0:
         report = {
             "launcher": launch.launcher,
@@ -97,6 +99,25 @@ def _copies(world: World) -> tuple[list[dict[str, Any]] | None, list[Trap]]:
             "as messages within the node too",
             "let every rank see all GPUs of its node (Slurm: --gpu-bind=none, no "
             "--gpus-per-task); in a container share the host's IPC namespace (--ipc=host)",
+        )
+    ]
+
+
+def _start(world: World) -> list[Trap]:
+    """What may go wrong while MPI starts. Collective."""
+    from mpiddl.measure.fences import empty_fence_waits
+    from mpiddl.measure.findings import Trap
+
+    if empty_fence_waits(world) is not False:
+        return []
+    return [
+        Trap(
+            "note",
+            "fences of this Slurm's PMIx do not wait for other nodes: a rank that leaves MPI_Init "
+            "early, and sends, can crash Open MPI 5 in one that is late. mpiddl.init() waits by "
+            "itself; a program that sends MPI messages before does not",
+            "export SLURM_PMIX_FENCE=ring before srun, or PMIxCollFence=ring in every node's "
+            "mpi.conf",
         )
     ]
 

@@ -14,7 +14,14 @@ from dataclasses import dataclass
 
 from mpiddl.errors import SingletonError
 
-__all__ = ["Launch", "gpu_binding", "read_launch", "refuse_singleton", "without_launcher"]
+__all__ = [
+    "Launch",
+    "gpu_binding",
+    "has_slurms_pmix",
+    "read_launch",
+    "refuse_singleton",
+    "without_launcher",
+]
 
 
 @dataclass(frozen=True)
@@ -136,6 +143,11 @@ def gpu_binding(environ: Mapping[str, str] = os.environ) -> str | None:
     if bind == "none" or not (bind or number):
         return None
     return f"--gpu-bind={bind}" if bind else f"--gpus-per-task={number}"
+
+
+def has_slurms_pmix(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether `srun --mpi=pmix` started this process."""
+    return environ.get("PMIX_NAMESPACE", "").startswith("slurm.pmix")
 
 
 def refuse_singleton(launch: Launch, world_size: int, library: str) -> None:

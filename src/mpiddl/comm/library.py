@@ -23,6 +23,7 @@ __all__ = [
     "library_name",
     "library_path",
     "load",
+    "mapped_file",
     "set_defaults",
 ]
 
@@ -94,15 +95,20 @@ def library_name(version: str) -> str:
     return text[:60]
 
 
+_LIBRARY = re.compile(
+    r"\s(/\S*/libmpi(?:ch|_cray|_(?:gnu|intel|nvidia|amd)_\w+)?(?:\.so[\d.]*))$", re.MULTILINE
+)
+
+
 def library_path() -> str | None:
     """File of the MPI library in this process, as the kernel mapped it; None if unknown."""
+    return mapped_file(_LIBRARY)
+
+
+def mapped_file(pattern: re.Pattern[str]) -> str | None:
+    """The file in this process's memory whose line in the kernel's table matches."""
     maps = Path("/proc/self/maps")
-    if not maps.exists():
-        return None
-    pattern = re.compile(
-        r"\s(/\S*/libmpi(?:ch|_cray|_(?:gnu|intel|nvidia|amd)_\w+)?(?:\.so[\d.]*))$", re.MULTILINE
-    )
-    match = pattern.search(maps.read_text())
+    match = pattern.search(maps.read_text()) if maps.exists() else None
     return match.group(1) if match else None
 
 

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from mpiddl.comm import failure, flight, gpus, launchers, library
+from mpiddl.comm import failure, flight, gpus, launchers, library, pmix
 from mpiddl.comm.layout import exchange, find_layout
 from mpiddl.comm.messages import Messages, Tags
 from mpiddl.comm.native import Native
@@ -252,6 +252,8 @@ def init(comm: MPI.Comm | None = None, *, device: str | torch.device | None = No
     name_rank(everyone.Get_rank())
     name = library.library_name(MPI.Get_library_version())
     launchers.refuse_singleton(launch, everyone.Get_size(), name)
+    if comm is None:  # whoever has one has sent messages already
+        pmix.fence()
     settings = _settings_of_first(comm or everyone)
     world = World(comm or everyone, launch, settings, place)
     world.gpu_sharers = gpus.sharing(exchange(world._comm, gpus.identity(place)), world.layout)
