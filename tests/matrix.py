@@ -18,7 +18,7 @@ import random
 from collections import defaultdict
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 _full = False
 _seed = 0
@@ -33,6 +33,8 @@ def choose_matrix(config: pytest.Config) -> None:
     busy = [HealthCheck.too_slow]
     settings.register_profile("mpiddl", database=None, deadline=None, suppress_health_check=busy)
     settings.load_profile("mpiddl")
+    # For --hypothesis-profile, where it is enough to know that something fails.
+    settings.register_profile("no-shrinking", phases=[Phase.explicit, Phase.generate])
 
 
 def times(most: int) -> int:

@@ -20,7 +20,7 @@ def _why_not() -> str | None:
         [*LAB, "--hosts", "1", "--", "true"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         check=False,
     )
     refused = probe.returncode and probe.stderr.startswith(("lab: ", "unshare: ", "setpriv: "))
@@ -43,7 +43,7 @@ def environment():
 def lab(environment):
     """``lab(["--hosts", "3"], "python", ...)`` runs a command on ranks of several hosts."""
 
-    def run(options, *command, timeout=120, env=None):
+    def run(options, *command, timeout=1200, env=None):
         return subprocess.run(
             [*LAB, *options, *(["--", *command] if command else [])],
             capture_output=True,

@@ -24,7 +24,7 @@ MORE = [f"{RANKS}/test_{name}.py" for name in ("data_parallel", "engine", "many_
     ids=lambda value: " ".join(value) if "tests" not in value[0] else "",
 )
 def test_what_holds_on_one_node_holds_on_several(lab, options, files):
-    job = lab(options, "python", "-m", "pytest", "-q", *files, timeout=300)
+    job = lab(options, "python", "-m", "pytest", "-q", *files)
 
     assert job.returncode == 0, job.stdout[-3000:] + job.stderr[-1000:]
     assert " passed" in job.stdout
@@ -97,7 +97,7 @@ if world.rank == 1:
     time.sleep(1000)
 mpiddl.barrier()
 """
-    job = lab(["--hosts", "2"], "python", "-c", code, timeout=60, env={"MPIDDL_TIMEOUT": "1"})
+    job = lab(["--hosts", "2"], "python", "-c", code, env={"MPIDDL_TIMEOUT": "1"})
 
     assert job.returncode != 0
     assert "rank 0 of 2 on host1 has waited for 3" in job.stderr, job.stdout + job.stderr

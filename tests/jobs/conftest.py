@@ -16,6 +16,8 @@ import pytest
 TOP = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 MPIRUN = str(TOP / "tools" / "mpirun")
+HANGS = 600
+"""Seconds after which a job is stuck; the slowest takes a tenth of that on an idle machine."""
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # some launchers give ranks a terminal
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 
@@ -47,7 +49,7 @@ def start(tmp_path, clean_environment):
     ``env`` adds to the environment. With ``ranks=None`` no launcher is used.
     """
 
-    def run(ranks, program, *arguments, env=None, timeout=90):
+    def run(ranks, program, *arguments, env=None, timeout=HANGS):
         if isinstance(program, str):
             script = tmp_path / "script.py"
             script.write_text(textwrap.dedent(program))

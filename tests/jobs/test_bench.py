@@ -9,7 +9,7 @@ import time
 
 import psutil
 import pytest
-from conftest import MPIRUN, TOP
+from conftest import HANGS, MPIRUN, TOP
 
 BENCH = ["python", "-m", "mpiddl", "bench"]
 WITH_STATUS = '"$0" "$@"; echo "status $?"'
@@ -182,7 +182,7 @@ def test_a_killed_peer_is_one_error_and_no_hang(clean_environment):
         assert any(line.split()[:1] == ["size"] for line in lines)
         peers = wait_until_timed(job)
         peers[-1].kill()
-        rest = job.communicate(timeout=120)[0]
+        rest = job.communicate(timeout=HANGS)[0]
     finally:
         job.kill()
         job.wait()
@@ -196,7 +196,7 @@ def test_a_killed_peer_is_one_error_and_no_hang(clean_environment):
 
 def wait_until_timed(job):
     """Peers are stopped between orders: after host, join and prepare they are timed."""
-    deadline, stops, stopped, peers = time.monotonic() + 60, 0, False, []
+    deadline, stops, stopped, peers = time.monotonic() + HANGS, 0, False, []
     while stops < 4:
         assert job.poll() is None
         assert time.monotonic() < deadline

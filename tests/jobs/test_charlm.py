@@ -11,7 +11,7 @@ SMALL = ["--epochs", 1, "--batch-size", 23, "--context", 32, "--d-model", 32, "-
 
 
 def test_defaults_reach_the_bits(start, tmp_path):
-    job = start(2, program("charlm", "--out", tmp_path), timeout=180)
+    job = start(2, program("charlm", "--out", tmp_path))
 
     assert job.status == 0, job.both
     assert job.err == ""

@@ -10,7 +10,7 @@ DIGITS = ["python", "jobs/digits.py"]
 
 
 def test_defaults_reach_the_accuracy(start, tmp_path):
-    job = start(2, [*DIGITS, "--out", str(tmp_path)], timeout=180)
+    job = start(2, [*DIGITS, "--out", str(tmp_path)])
 
     assert job.status == 0, job.both
     assert job.err == ""

@@ -22,7 +22,7 @@ from mpiddl.checkpoint.tensors import read_tensors
 
 DIGITS = ["python", "jobs/digits.py", "--epochs", "2", "--batch-size", "64"]
 STEPS = 2 * 23
-DEADLINE = 60
+DEADLINE = 600
 KILLS = 100
 PREPARED = ("mpiddl.checkpoint.saving", "mpiddl.checkpoint.loading", "safetensors.torch")
 """What writers need, but MPI."""

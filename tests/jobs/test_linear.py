@@ -12,7 +12,7 @@ SOFTMAX = ["--task", "softmax", "--lr", "0.5", "--batch-size", "300", "--epochs"
 
 
 def test_defaults_reach_the_closed_form_on_four_ranks(start, tmp_path):
-    job = start(4, program("linear", "--out", tmp_path), timeout=180)
+    job = start(4, program("linear", "--out", tmp_path))
 
     assert job.status == 0, job.both
     told = float(re.search(r"least-squares solution: (\S+)", job.out)[1])
@@ -29,10 +29,10 @@ def test_defaults_reach_the_closed_form_on_four_ranks(start, tmp_path):
 def test_numpy_is_as_torch_and_goes_on_in_mid_epoch(start, tmp_path):
     """Batches of 300 samples of 1,000, over three ranks, over two, and over two that stopped."""
     by_torch, by_numpy = tmp_path / "torch", tmp_path / "numpy"
-    job = start(3, program("linear", *SOFTMAX, "--out", by_torch), timeout=180)
+    job = start(3, program("linear", *SOFTMAX, "--out", by_torch))
     assert job.status == 0, job.both
     command = program("linear", *SOFTMAX, "--numpy", "--out", by_numpy, "--checkpoint-every", "6")
-    job = start(2, command, "--keep", "9", timeout=180)
+    job = start(2, command, "--keep", "9")
     assert job.status == 0, job.both
     whole = (by_numpy / "weights.npy").read_bytes()
     numpy.testing.assert_allclose(
@@ -43,7 +43,7 @@ def test_numpy_is_as_torch_and_goes_on_in_mid_epoch(start, tmp_path):
     assert losses[0][-1] < losses[0][0] < numpy.log(5)
 
     assert forget_all_but_the_first_checkpoint(by_numpy) == 6
-    job = start(2, command, "--resume", timeout=180)
+    job = start(2, command, "--resume")
 
     assert job.status == 0, job.both
     assert "goes on after step 6, in epoch 2" in job.out

@@ -131,4 +131,4 @@ def test_workers_end_with_their_rank(start, action):
     workers = [int(pid) for pid in re.findall(r"worker (\d+) True", job.out)]
     assert len(workers) == 2
     alive = [psutil.Process(pid) for pid in workers if psutil.pid_exists(pid)]
-    assert psutil.wait_procs(alive, timeout=10)[1] == []
+    assert psutil.wait_procs(alive, timeout=120)[1] == []

@@ -42,7 +42,7 @@ def test_the_perceptron_on_two_and_three_ranks(start, tmp_path):
     """The same run, whatever the number of ranks: it has no dropout."""
     found = {}
     for ranks in (2, 3):
-        job = start(ranks, program("mnist", "--out", tmp_path / str(ranks)), timeout=180)
+        job = start(ranks, program("mnist", "--out", tmp_path / str(ranks)))
         assert job.status == 0, job.both
         assert job.err == ""
         found[ranks] = rows(tmp_path / str(ranks))
@@ -56,13 +56,13 @@ def test_the_cnn_goes_on_in_mid_epoch_to_the_same_bits(start, tmp_path):
     """With dropout, whose random numbers go on too. An epoch has 23 steps."""
     flags = ["--model", "cnn", "--epochs", "4", "--checkpoint-every", "30", "--keep", "9"]
     command = program("mnist", *flags, "--out", tmp_path)
-    job = start(2, command, timeout=180)
+    job = start(2, command)
     assert job.status == 0, job.both
     assert rows(tmp_path)[-1]["test_accuracy"] >= 0.9
     whole = (tmp_path / "model.safetensors").read_bytes()
 
     assert forget_all_but_the_first_checkpoint(tmp_path) == 30
-    job = start(2, command, "--resume", timeout=180)
+    job = start(2, command, "--resume")
 
     assert job.status == 0, job.both
     assert "goes on after step 30, in epoch 2" in job.out
@@ -72,7 +72,7 @@ def test_the_cnn_goes_on_in_mid_epoch_to_the_same_bits(start, tmp_path):
 def test_files_that_a_user_has(start, tmp_path, digits):
     write(tmp_path, digits, packed=FILES[1:3])
     flags = ["--data", tmp_path, "--epochs", "3", "--batch-size", "100"]
-    job = start(2, program("mnist", *flags, "--out", tmp_path / "out"), timeout=180)
+    job = start(2, program("mnist", *flags, "--out", tmp_path / "out"))
 
     assert job.status == 0, job.both
     assert "1500 training images, 297 test images" in job.out

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import MPIRUN, SHARED_MEMORY
+from conftest import HANGS, MPIRUN, SHARED_MEMORY
 from test_shared_memory import start_with  # noqa: F401 - a fixture
 
 ONE_COPY = """
@@ -123,14 +123,14 @@ def holding(folder, script, ranks=2):
         yield job, members
     finally:
         kill(members or [psutil.Process(job.pid)])
-        job.communicate(timeout=60)
+        job.communicate(timeout=HANGS)
 
 
 def kill(members):
     for process in members:
         if process.is_running():
             process.send_signal(signal.SIGKILL)
-    psutil.wait_procs(members, timeout=30)
+    psutil.wait_procs(members, timeout=HANGS)
 
 
 def names(folder):
@@ -180,7 +180,7 @@ def test_at_the_latest_the_next_start_removes_it(start, folder, tmp_path, end):
     if end == "Ctrl-C":
         with holding(folder, tmp_path / "held.py") as (job, _):
             os.killpg(job.pid, signal.SIGINT)
-            job.wait(timeout=60)
+            job.wait(timeout=HANGS)
     else:
         failure = f"if world.rank == 1: raise KeyError('why')\n{textwrap.dedent(WAIT)}"
         assert start(2, held(failure), str(folder)).status != 0

@@ -12,14 +12,14 @@ from training_jobs import forget_all_but_the_first_checkpoint, module, program, 
 def test_sparse_gradients_reach_the_noise_and_go_on_in_mid_epoch(start, tmp_path):
     """27,000 ratings in batches of 256: an epoch has 106 steps."""
     command = program("recommender", "--out", tmp_path, "--checkpoint-every", "150", "--keep", "9")
-    job = start(2, command, timeout=180)
+    job = start(2, command)
     assert job.status == 0, job.both
     assert job.err == ""
     assert 0.5 < rows(tmp_path)[-1]["test_rmse"] < 0.58  # 0.5 is the noise
     whole = (tmp_path / "model.safetensors").read_bytes()
 
     assert forget_all_but_the_first_checkpoint(tmp_path) == 150
-    job = start(2, command, "--resume", timeout=180)
+    job = start(2, command, "--resume")
 
     assert job.status == 0, job.both
     assert "goes on after step 150, in epoch 2" in job.out
@@ -45,7 +45,7 @@ def test_dense_on_three_ranks_is_as_sparse_on_two(start, tmp_path):
     for ranks, kind in ((2, "--sparse"), (3, "--dense")):
         out = tmp_path / kind
         flags = ["--data", u_data(tmp_path / "u.data", 1000), "--batch-size", "70", "--epochs", "6"]
-        job = start(ranks, program("recommender", *flags, kind, "--out", out), timeout=180)
+        job = start(ranks, program("recommender", *flags, kind, "--out", out))
         assert job.status == 0, job.both
         assert "20 users, 15 items, 900 ratings to train on" in job.out
         assert rows(out)[-1]["test_rmse"] < 0.5
@@ -56,7 +56,7 @@ def test_dense_on_three_ranks_is_as_sparse_on_two(start, tmp_path):
 
 def test_compare_tells_that_sparse_sends_less(start, tmp_path):
     flags = ["--compare", "--steps", "20", "--users", "5000", "--items", "2000", "--dim", "16"]
-    job = start(2, program("recommender", *flags, "--out", tmp_path), timeout=180)
+    job = start(2, program("recommender", *flags, "--out", tmp_path))
 
     assert job.status == 0, job.both
     found = {

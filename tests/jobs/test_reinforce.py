@@ -9,7 +9,7 @@ from training_jobs import forget_all_but_the_first_checkpoint, module, program, 
 
 
 def test_defaults_solve_it(start, tmp_path):
-    job = start(2, program("reinforce", "--out", tmp_path), timeout=180)
+    job = start(2, program("reinforce", "--out", tmp_path))
 
     assert job.status == 0, job.both
     assert job.err == ""

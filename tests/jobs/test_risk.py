@@ -20,7 +20,7 @@ def auc_in(path):
 def test_defaults_reach_the_auc_and_go_on_in_mid_epoch(start, tmp_path):
     """398 rows in batches of 32: an epoch has 13 steps."""
     command = program("risk", "--out", tmp_path, "--checkpoint-every", "20", "--keep", "99")
-    job = start(2, command, timeout=180)
+    job = start(2, command)
     assert job.status == 0, job.both
     assert job.err == ""
     assert rows(tmp_path)[-1]["AUC"] >= 0.98
@@ -29,7 +29,7 @@ def test_defaults_reach_the_auc_and_go_on_in_mid_epoch(start, tmp_path):
     whole = (tmp_path / "model.safetensors").read_bytes()
 
     assert forget_all_but_the_first_checkpoint(tmp_path) == 20
-    job = start(2, command, "--resume", timeout=180)
+    job = start(2, command, "--resume")
 
     assert job.status == 0, job.both
     assert "goes on after step 20, in epoch 2" in job.out
@@ -56,7 +56,7 @@ def test_a_table_of_a_user_is_the_same_on_one_and_three_ranks(start, tmp_path):
     flags = ["--data", table(tmp_path / "p.csv", 400), "--label", "outcome", "--batch-size", "25"]
     for ranks in (1, 3):
         command = program("risk", *flags, "--epochs", "20", "--lr", "0.01")
-        job = start(ranks, command, "--out", str(tmp_path / str(ranks)), timeout=180)
+        job = start(ranks, command, "--out", str(tmp_path / str(ranks)))
         assert job.status == 0, job.both
         assert "280 rows to train on, 12.5% died" in job.out
     assert auc_in(tmp_path / "1" / "scores.csv") >= 0.95

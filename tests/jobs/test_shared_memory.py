@@ -10,7 +10,7 @@ import textwrap
 
 import psutil
 import pytest
-from conftest import MPIRUN
+from conftest import HANGS, MPIRUN
 
 SMALL = """
     import torch, mpiddl
@@ -64,7 +64,7 @@ def start_with(tmp_path, clean_environment):
             [*inside, MPIRUN, "-n", str(ranks), "python", str(script)],
             capture_output=True,
             text=True,
-            timeout=90,
+            timeout=HANGS,
         )
 
     return run
@@ -129,5 +129,5 @@ def test_nothing_stays_behind_when_ranks_are_killed(tmp_path, shared_memory_file
     for child in psutil.Process(job.pid).children(recursive=True):
         if "script.py" in " ".join(child.cmdline()):
             child.send_signal(signal.SIGKILL)
-    job.communicate(timeout=60)
+    job.communicate(timeout=HANGS)
     assert {name for name in shared_memory_files() if "mpiddl" in name} == set()

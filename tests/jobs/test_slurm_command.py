@@ -8,6 +8,7 @@ import subprocess
 import time
 
 import pytest
+from conftest import HANGS
 
 SLURM = ["python", "-m", "mpiddl", "slurm"]
 PROGRAM = ["python", "jobs/digits.py", "--epochs", "5"]
@@ -134,7 +135,7 @@ class Batch:
 
     def end(self):
         """Status, errors, and what scontrol was told."""
-        error = self.process.communicate(timeout=30)[1]
+        error = self.process.communicate(timeout=HANGS)[1]
         told = self.folder / "requeued"
         return self.process.returncode, error, told.read_text() if told.exists() else ""
 

@@ -30,7 +30,7 @@ def folder(tmp_path):
 @pytest.mark.parametrize(("model", "accuracy"), [("bag", 0.75), ("transformer", 0.65)])
 def test_defaults_reach_the_accuracy(start, tmp_path, model, accuracy):
     """The largest class has 18% of the texts."""
-    job = start(2, program("textclass", "--model", model, "--out", tmp_path), timeout=180)
+    job = start(2, program("textclass", "--model", model, "--out", tmp_path))
 
     assert job.status == 0, job.both
     assert job.err == ""

@@ -31,7 +31,7 @@ def said_by(job, rank):
 
 def run(start, tmp_path, code, **env):
     env = {"MPIDDL_TIMEOUT": "2", "TMPDIR": str(tmp_path), **env}
-    job = start(3, code, env=env, timeout=60)
+    job = start(3, code, env=env)
     assert job.status != 0, job.both
     return job
 
@@ -107,7 +107,7 @@ def test_different_plans_where_nothing_checks(start, tmp_path):
         model(torch.ones(2, 8)).sum().backward()
         mpiddl.barrier()
     """
-    job = start(3, code, env={"MPIDDL_TIMEOUT": "1", "TMPDIR": str(tmp_path)}, timeout=60)
+    job = start(3, code, env={"MPIDDL_TIMEOUT": "1", "TMPDIR": str(tmp_path)})
 
     assert job.status != 0
     assert "mpiddl: rank" in job.err

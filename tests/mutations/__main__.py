@@ -90,7 +90,8 @@ def commands(fault: Fault, quick: bool) -> Iterator[tuple[str, list[str]]]:
 
 def suites(tests: tuple[str, ...], quick: bool) -> Iterator[tuple[str, list[str]]]:
     """``make test``'s way to run these, or what ``make test-all`` runs beyond."""
-    pytest = ["python", "-m", "pytest", "-q", "-x", "--tb=no", "-p", "no:warnings"]
+    pytest = ["python", "-m", "pytest", "-q", "-x", "--tb=no"]
+    pytest += ["--hypothesis-profile", "no-shrinking"]
     unit = [f"tests/{name}" for name in tests if name.startswith("unit")]
     ranks = [f"tests/{name}" for name in tests if name.startswith("ranks")]
     if unit and quick:
@@ -114,7 +115,7 @@ def failure_of(command: list[str], sources: Path) -> str:
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(sources),
-        "MPIDDL_TIMEOUT": "60",
+        "MPIDDL_TIMEOUT": "15",
         "NO_COLOR": "1",
     }
     try:

@@ -196,7 +196,7 @@ def test_a_thread_gets_its_result_while_another_waits(world, agree):
 
     driver.run(barrier(Channel(world, world.tags.keep(1)[0])), world)
     gate.released = True
-    waiting.join(timeout=30)
+    waiting.join(timeout=300)
 
     agree(not waiting.is_alive(), "the thread hangs")
     agree(torch.equal(buffer, expected("sum", world.size, 100, torch.float32)))

@@ -17,7 +17,7 @@ import mpiddl
 pytestmark = pytest.mark.thorough
 
 WIDTH = 64
-SOON = 10.0
+SOON = 100.0
 """Seconds, within which something happens that nothing holds up."""
 
 
