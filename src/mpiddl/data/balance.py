@@ -42,10 +42,9 @@ class Balancer:
 
     Args:
         batches: What deals samples out: with one global order.
-        model: The ``DataParallel`` that is trained; what it waited for others is not counted. None
-            counts all time.
+        model: The ``DataParallel`` that is trained; what it waited for others is not counted. With
+            None, ``step`` is told how long this rank computed.
         world: The ranks; default those of ``mpiddl.init()``.
-            Without it ``step`` is told.
         every: Steps between two looks; collective. 0: only when ``rebalance()`` is called, between
             epochs, say.
         smoothing: Of the measured speed this part counts, of the present shares the rest; 1 trusts
