@@ -83,7 +83,7 @@ class Channel:
         if recorder.tracing:
             record(Kind.CHUNK, 0, self.tag, buffer.nbytes)
         messages = device_of(buffer).messages(self.world)
-        return messages.send(buffer.data_ptr(), buffer.nbytes, self._ranks[peer], self.tag)
+        return messages.send(buffer.data_ptr(), buffer.nbytes, self._ranks[peer], self.tag, buffer)
 
     def room_after(self, outstanding: Sequence[Wait]) -> Wait:
         """Done when one more message may be sent after these, which are not known to be done.
@@ -105,7 +105,9 @@ class Channel:
     def receive(self, buffer: Buffer, peer: int) -> Wait:
         """``buffer`` holds what ``peer`` sent once the wait is done."""
         messages = device_of(buffer).messages(self.world)
-        return messages.receive(buffer.data_ptr(), buffer.nbytes, self._ranks[peer], self.tag)
+        return messages.receive(
+            buffer.data_ptr(), buffer.nbytes, self._ranks[peer], self.tag, buffer
+        )
 
 
 class _Room:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from mpiddl.collectives.channel import Channel
 from mpiddl.collectives.lane import Lane
-from mpiddl.collectives.lanes import place_of
+from mpiddl.collectives.lanes import lend
 from mpiddl.collectives.meeting import meet, pieces_of
 from mpiddl.collectives.reduction import Reduction
 from mpiddl.collectives.ring import ring_all_reduce
@@ -62,7 +62,7 @@ def _in_lane(
     assert lane is not None
     yield ticket
     yield device.fence()
-    lane.note(place_of(lane.world, buffer, device), reduction.weight)
+    lane.note(lend(buffer, lane, device), reduction.weight)
     yield lane.go()
     places, weights = lane.notes()
     meeting = meet(lane, places, weights, buffer, device)

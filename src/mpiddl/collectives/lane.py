@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from mpiddl.comm.kept import keep_until
 from mpiddl.comm.windows import Window
 from mpiddl.comm.world import World
 from mpiddl.devices.base import Buffer, as_dtype
@@ -114,12 +115,26 @@ class Lane(Queue):
         self._own = self.counter_at[self.rank]
         self._peers_at = [at for at in self.counter_at if at != self._own]
         self._noted: list[tuple[Place, float | None] | None] = [None, None]
+        self._lent: tuple[int, Buffer] | None = None
         with torch.inference_mode(mode=False):  # or it could not be written outside of that mode
             data = torch.frombuffer(window.memory, dtype=torch.uint8)
         share = _share(room, self.size)
         self.entered = [_pair(data, at + HEADER, room) for at in starts]
         self.left = [_pair(data, at + HEADER + 2 * room, share) for at in starts]
         self.cached: dict[object, list[Buffer]] = {}
+
+    def lend(self, buffer: Buffer) -> None:
+        """The others may go to ``buffer`` from the next turn on, until this rank leaves."""
+        self._lent = self.turn + 1, buffer
+
+    def leave(self) -> None:
+        super().leave()
+        self._lent = None
+
+    def __del__(self) -> None:
+        if self._lent is not None:  # given up in the middle: they go there until the turn is over
+            turn, buffer = self._lent
+            keep_until(lambda: self.has_come(turn + 1, 0), buffer)
 
     def raise_counter(self) -> int:
         """What this rank has for the turn is written. Returns the turn."""

@@ -7,7 +7,7 @@ from mpiddl.comm.windows import Window, make_fence
 from mpiddl.comm.world import World
 from mpiddl.devices.base import Buffer, Device
 
-__all__ = ["Foreground", "foreground_of", "is_mapped", "kept_lanes", "place_of"]
+__all__ = ["Foreground", "foreground_of", "is_mapped", "kept_lanes", "lend", "place_of"]
 
 KEPT_BYTES = 64 << 10
 LEAST_KEPT_BYTES = 4 << 10
@@ -74,6 +74,12 @@ def place_of(world: World, buffer: Buffer, device: Device) -> Place:
     """Where a buffer is, as other ranks can find it."""
     address = buffer.data_ptr()
     return Place(*device.mapped(world).find(address), address)
+
+
+def lend(buffer: Buffer, lane: Lane, device: Device) -> Place:
+    """Let the others go to ``buffer`` until this rank leaves ``lane``: where it is."""
+    lane.lend(buffer)
+    return place_of(lane.world, buffer, device)
 
 
 def is_mapped(buffer: Buffer, device: Device, world: World) -> bool:

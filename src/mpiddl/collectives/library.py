@@ -59,5 +59,6 @@ def _started(buffer: Buffer, op: str, channel: Channel) -> Wait:
     pieces = [buffer[part] for part in chunked(slice(0, len(buffer)), LARGEST_PIECE)]
     # All pieces start at once: whatever else uses this communicator comes before or after them.
     return AllOf(
-        channel.native.all_reduce(piece.data_ptr(), piece.nbytes, dtype, op) for piece in pieces
+        channel.native.all_reduce(piece.data_ptr(), piece.nbytes, dtype, op, piece)
+        for piece in pieces
     )

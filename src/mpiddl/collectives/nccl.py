@@ -16,7 +16,7 @@ from mpiddl.comm.world import World
 from mpiddl.devices.base import Buffer, Device
 from mpiddl.devices.cuda.device import CudaDevice
 from mpiddl.devices.cuda.streams import Events
-from mpiddl.waits import ALREADY, Wait, Waits
+from mpiddl.waits import Wait, Waits
 
 __all__ = [
     "NCCL_DTYPES",
@@ -31,20 +31,27 @@ NCCL_DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "i
 
 
 class _Communicator:
-    """NCCL's, on a stream of its own: what it waits for must hold up nothing else."""
+    """NCCL's, on a stream of its own: what it waits for must hold up nothing else.
+
+    Attributes:
+        under_way: What it works on. A buffer that was given up stays there, for NCCL goes on.
+    """
 
     def __init__(self, device: CudaDevice, nccl: Any, known: Any) -> None:
         self._nccl = nccl
         self._known = known
         self._stream = device.runtime.make_stream()
         self._events = Events(device.runtime)
+        self.under_way: dict[Wait, Buffer] = {}
 
     def all_reduce(self, buffer: Buffer, op: str) -> Wait:
         """In place; starts at once."""
         address, dtype = buffer.data_ptr(), str(buffer.dtype).removeprefix("torch.")
         kind, does = (getattr(self._nccl, f"NCCL_{name.upper()}") for name in (dtype, op))
         self._known.allReduce(address, address, len(buffer), kind, does, self._stream)
-        return self._events.after(self._stream)
+        done = self._events.after(self._stream)
+        self.under_way[done] = buffer
+        return done
 
 
 _communicators: WeakKeyDictionary[Native, _Communicator] = WeakKeyDictionary()
@@ -134,8 +141,11 @@ def _when_served(
         device.scale(buffer, reduction.weight)
     yield device.fence()
     yield ticket
-    reduced: Wait = ALREADY
-    if channel.size > 1 and len(buffer):
-        reduced = _communicators[channel.native].all_reduce(buffer, reduction.op)
+    if channel.size == 1 or not len(buffer):
+        channel.native.queue.leave()
+        return
+    communicator = _communicators[channel.native]
+    reduced = communicator.all_reduce(buffer, reduction.op)
     channel.native.queue.leave()
     yield reduced
+    del communicator.under_way[reduced]

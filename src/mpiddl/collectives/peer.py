@@ -15,8 +15,6 @@ from mpiddl.waits import AllOf, Queue, Wait, Waits
 __all__ = ["receive", "send"]
 
 NOTE_BYTES = 64
-_written_by_others: list[Buffer] = []
-"""A message may still come to these: they may not be used for anything else."""
 
 
 def send(buffer: Buffer, peer: int, channel: Channel) -> Waits[None]:
@@ -31,7 +29,7 @@ def _send(buffer: Buffer, peer: int, channel: Channel, queue: Queue, ticket: Wai
     note = bytearray(_describe(buffer).encode().ljust(NOTE_BYTES))
     yield device.fence()
     yield ticket
-    noted = channel.world.messages.send(*_memory(note), peer, channel.tag)
+    noted = channel.world.messages.send(*_memory(note), peer, channel.tag, note)
     sent = AllOf([noted, channel.send(buffer, peer)])
     if device.late:  # it may be posted piece by piece, and the next note would overtake it
         yield sent
@@ -57,7 +55,7 @@ def _receive(
     yield device.fence()
     yield ticket
     # Both at once: a second receive of this tag may be started before the note is here.
-    noted = channel.world.messages.receive(*_memory(note), peer, channel.tag)
+    noted = channel.world.messages.receive(*_memory(note), peer, channel.tag, note)
     arrived = channel.receive(buffer, peer)
     if not device.late:  # else it may be posted piece by piece, as in ``send``
         queue.leave()
@@ -69,7 +67,6 @@ def _receive(
     if device.late:
         queue.leave()
     if not fits:
-        _written_by_others.append(buffer)
         raise MismatchError(
             f"rank {peer} sent {sent}, rank {channel.rank} receives {_describe(buffer)}; pass a "
             "tensor of that dtype and number of elements, and match sends and receives by tag"

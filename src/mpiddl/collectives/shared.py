@@ -16,7 +16,7 @@ from __future__ import annotations
 from mpiddl.collectives.channel import Channel
 from mpiddl.collectives.direct import direct_all_reduce
 from mpiddl.collectives.lane import NOWHERE, Lane, Place
-from mpiddl.collectives.lanes import place_of
+from mpiddl.collectives.lanes import lend
 from mpiddl.collectives.meeting import Weights, meet, pieces_of
 from mpiddl.collectives.reduction import Reduction
 from mpiddl.devices.base import Buffer, Device
@@ -72,11 +72,11 @@ def show(buffer: Buffer, lane: Lane, device: Device) -> Place:
     """Before the first turn: where the buffer is. One that others had better not go to is shown in
     the lane itself."""
     if device.late:
-        return place_of(lane.world, buffer, device)
+        return lend(buffer, lane, device)
     if buffer.nbytes <= min(MEDIUM_BYTES if lane.crowded else SMALL_BYTES, lane.room):
         place = NOWHERE
     else:
-        place = place_of(lane.world, buffer, device)
+        place = lend(buffer, lane, device)
         if place.window != 0 or buffer.nbytes > min(MEDIUM_BYTES, lane.room):
             return place
     lane.shown(buffer, (lane.turn + 1) % 2)[lane.rank].copy_(buffer)

@@ -35,9 +35,9 @@ def offsets_of_nodes(messages: Messages, layout: Layout, rank: int) -> tuple[int
 def _answer(messages: Messages, peer: int) -> None:
     now = ctypes.c_int64()
     for _ in range(ROUNDS):
-        _complete(messages.receive(ctypes.addressof(now), 8, peer, 0))
+        _complete(messages.receive(ctypes.addressof(now), 8, peer, 0, now))
         now.value = time.monotonic_ns()
-        _complete(messages.send(ctypes.addressof(now), 8, peer, 0))
+        _complete(messages.send(ctypes.addressof(now), 8, peer, 0, now))
 
 
 def _ask(messages: Messages) -> tuple[int, int]:
@@ -45,8 +45,8 @@ def _ask(messages: Messages) -> tuple[int, int]:
     trips: list[tuple[int, int]] = []  # how long it took, the offset
     for _ in range(ROUNDS):
         before = time.monotonic_ns()
-        _complete(messages.send(ctypes.addressof(theirs), 8, 0, 0))
-        _complete(messages.receive(ctypes.addressof(theirs), 8, 0, 0))
+        _complete(messages.send(ctypes.addressof(theirs), 8, 0, 0, theirs))
+        _complete(messages.receive(ctypes.addressof(theirs), 8, 0, 0, theirs))
         after = time.monotonic_ns()
         trips.append((after - before, theirs.value - (before + after) // 2))
     return _best(trips)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
+from mpiddl.comm.kept import forget_one, keep_until
 from mpiddl.errors import TagError
 from mpiddl.segments import chunked
 from mpiddl.waits import ALREADY, AllOf, Wait
@@ -24,12 +25,22 @@ LARGEST_MESSAGE = 1 << 30
 
 
 class RequestWait:
-    """Done when an MPI request is complete."""
+    """Done when an MPI request is complete.
 
-    __slots__ = ("done",)
+    MPI reads or writes memory of ``owner`` until then, whoever has stopped to wait meanwhile: so
+    long it is kept.
+    """
 
-    def __init__(self, request: MPI.Request) -> None:
+    __slots__ = ("_owner", "_request", "done")
+
+    def __init__(self, request: MPI.Request, owner: object) -> None:
+        self._request = request
+        self._owner = owner
         self.done: Callable[[], bool] = request.Test
+
+    def __del__(self) -> None:
+        if self._request:  # one that is complete is MPI_REQUEST_NULL
+            keep_until(self.done, self._owner)
 
 
 class Credits:
@@ -76,12 +87,16 @@ class Credits:
 class ByteMessages(Protocol):
     """What carries bytes between ranks."""
 
-    def send(self, address: int, nbytes: int, peer: int, tag: int) -> Wait:
-        """Send ``nbytes`` from ``address``; they must stay as they are until the wait is done."""
+    def send(self, address: int, nbytes: int, peer: int, tag: int, owner: object) -> Wait:
+        """Send ``nbytes`` from ``address``; they must stay as they are until the wait is done.
+
+        ``owner``, whose memory that is, lives as long, also where the wait is dropped before.
+        """
         ...
 
-    def receive(self, address: int, nbytes: int, peer: int, tag: int) -> Wait:
-        """Receive ``nbytes`` into ``address``; they may be read once the wait is done."""
+    def receive(self, address: int, nbytes: int, peer: int, tag: int, owner: object) -> Wait:
+        """Receive ``nbytes`` into ``address``, memory of ``owner`` as in ``send``; they may be read
+        once the wait is done."""
         ...
 
 
@@ -105,24 +120,34 @@ class Messages:
         """The same, in MPI messages of at most ``largest`` bytes."""
         return Messages(self._comm, largest)
 
-    def send(self, address: int, nbytes: int, peer: int, tag: int) -> Wait:
-        """Send ``nbytes`` from ``address``; they must stay as they are until the wait is done."""
-        return self._start(self._comm.Isend, address, nbytes, peer, tag)
+    def send(self, address: int, nbytes: int, peer: int, tag: int, owner: object) -> Wait:
+        """Send ``nbytes`` of ``owner``'s memory from ``address``; they must stay as they are until
+        the wait is done."""
+        return self._start(self._comm.Isend, address, nbytes, peer, tag, owner)
 
-    def receive(self, address: int, nbytes: int, peer: int, tag: int) -> Wait:
-        """Receive ``nbytes`` into ``address``; they may be read once the wait is done."""
-        return self._start(self._comm.Irecv, address, nbytes, peer, tag)
+    def receive(self, address: int, nbytes: int, peer: int, tag: int, owner: object) -> Wait:
+        """Receive ``nbytes`` into ``owner``'s memory at ``address``; they may be read once the wait
+        is done."""
+        return self._start(self._comm.Irecv, address, nbytes, peer, tag, owner)
 
     def _start(
-        self, start: Callable[..., MPI.Request], address: int, nbytes: int, peer: int, tag: int
+        self,
+        start: Callable[..., MPI.Request],
+        address: int,
+        nbytes: int,
+        peer: int,
+        tag: int,
+        owner: object,
     ) -> Wait:
+        forget_one()
         if nbytes <= self._largest:
             if nbytes == 0:  # both sides know the length: nothing to say
                 return ALREADY
-            return RequestWait(start([self._memory(address, nbytes), self._byte], peer, tag))
+            request = start([self._memory(address, nbytes), self._byte], peer, tag)
+            return RequestWait(request, owner)
         pieces = chunked(slice(0, nbytes), self._largest)
         return AllOf(
-            self._start(start, address + piece.start, piece.stop - piece.start, peer, tag)
+            self._start(start, address + piece.start, piece.stop - piece.start, peer, tag, owner)
             for piece in pieces
         )
 

@@ -42,14 +42,16 @@ class Native:
         self._comm = comm.Dup()
         self.free = self._comm.Free
 
-    def all_reduce(self, address: int, nbytes: int, dtype: str, op: str) -> Wait:
-        """MPI_Iallreduce in place on ``nbytes`` (below 2**31) at ``address``."""
+    def all_reduce(self, address: int, nbytes: int, dtype: str, op: str, owner: object) -> Wait:
+        """MPI_Iallreduce in place on ``nbytes`` (below 2**31) of ``owner``'s memory at
+        ``address``."""
         from mpi4py import MPI
 
         memory = MPI.memory.fromaddress(address, nbytes)
         datatype = getattr(MPI, NATIVE_DTYPES[dtype])
         operation = getattr(MPI, NATIVE_OPS[op])
-        return RequestWait(self._comm.Iallreduce(MPI.IN_PLACE, [memory, datatype], operation))
+        request = self._comm.Iallreduce(MPI.IN_PLACE, [memory, datatype], operation)
+        return RequestWait(request, owner)
 
     def blocking(
         self, collective: str, send: tuple[int, int], receive: tuple[int, int], dtype: str, op: str

@@ -60,7 +60,7 @@ class HostDevice:
             with torch.inference_mode(mode=False):
                 memory = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         yield as_dtype(memory[: length * dtype.itemsize], dtype)
-        # Not after an exception: messages may still arrive in it.
+        # Not after an exception: messages may still arrive in it, and keep it until they have.
         if self._kept_bytes + nbytes <= self.KEPT_BYTES:
             kept.append(memory)
             self._kept_bytes += nbytes

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 
+from mpiddl.comm.kept import keep_until
 from mpiddl.comm.messages import ByteMessages
 from mpiddl.devices.cuda.runtime import Runtime
 from mpiddl.devices.cuda.streams import Event, Events
@@ -80,13 +81,21 @@ class StagedMessages:
         self._inner = inner
         self._lines: dict[int, _Line] = {}
 
-    def send(self, address: int, nbytes: int, peer: int, tag: int) -> Wait:
-        return self._start(_Outgoing, address, nbytes, peer, tag)
+    def send(self, address: int, nbytes: int, peer: int, tag: int, owner: object) -> Wait:
+        return self._start(_Outgoing, address, nbytes, peer, tag, owner)
 
-    def receive(self, address: int, nbytes: int, peer: int, tag: int) -> Wait:
-        return self._start(_Incoming, address, nbytes, peer, tag)
+    def receive(self, address: int, nbytes: int, peer: int, tag: int, owner: object) -> Wait:
+        return self._start(_Incoming, address, nbytes, peer, tag, owner)
 
-    def _start(self, kind: type[_Message], address: int, nbytes: int, peer: int, tag: int) -> Wait:
+    def _start(
+        self,
+        kind: type[_Message],
+        address: int,
+        nbytes: int,
+        peer: int,
+        tag: int,
+        owner: object,
+    ) -> Wait:
         if nbytes == 0:
             return ALREADY
         line = self._lines.get(tag)
@@ -94,9 +103,14 @@ class StagedMessages:
             # Lines that are empty are forgotten now and then, not one by one.
             self._lines = {tag: line for tag, line in self._lines.items() if line}
             line = self._lines[tag] = _Line()
-        message = kind(self._stage, self._inner, line, address, nbytes, peer, tag)
+        message = kind(self._stage, self._inner, line, address, nbytes, peer, tag, owner)
         line.add((kind, peer), message)
         return message
+
+    def give_up(self) -> None:
+        """Nobody asks after those under way any more: the world closes."""
+        for line in self._lines.values():
+            line.give_up()
 
 
 class _Line:
@@ -123,6 +137,11 @@ class _Line:
                 queue.popleft()
             if not queue:
                 del self._queues[key]
+
+    def give_up(self) -> None:
+        for queue in self._queues.values():
+            for message in queue:
+                message.give_up()
 
 
 class _Piece:
@@ -161,8 +180,10 @@ class _Message:
         nbytes: int,
         peer: int,
         tag: int,
+        owner: object,
     ) -> None:
         self._stage = stage
+        self._owner = owner
         self._inner = inner
         self._line = line
         self._address = address
@@ -174,6 +195,12 @@ class _Message:
         self._copied: deque[_Piece] = deque()
         self.all_posted = False
         self.complete = False
+
+    def give_up(self) -> None:
+        """MPI knows of pinned memory alone, which is never freed; but the GPU copies from and to
+        that of the owner."""
+        for piece in (*self._unposted, *self._copied):
+            keep_until(piece.waits.done, self._owner)
 
     def done(self) -> bool:
         if not self.complete:
@@ -214,7 +241,9 @@ class _Outgoing(_Message):
             self._unposted.append(new)
         while may_post and self._unposted and self._unposted[0].waits.done():
             piece = self._unposted.popleft()
-            piece.waits = self._inner.send(piece.slot, piece.nbytes, self._peer, self._tag)
+            piece.waits = self._inner.send(
+                piece.slot, piece.nbytes, self._peer, self._tag, self._owner
+            )
             self._posted.append(piece)
         self._note()
 
@@ -229,6 +258,8 @@ class _Incoming(_Message):
             piece.waits = self._stage.copy_in(piece.at, piece.slot, piece.nbytes)
             self._copied.append(piece)
         while may_post and (new := self._next()) is not None:
-            new.waits = self._inner.receive(new.slot, new.nbytes, self._peer, self._tag)
+            new.waits = self._inner.receive(
+                new.slot, new.nbytes, self._peer, self._tag, self._owner
+            )
             self._posted.append(new)
         self._note()

@@ -21,7 +21,7 @@ from mpiddl.devices.host import HOST
 from mpiddl.errors import NotInitializedError
 from mpiddl.log import logger
 from mpiddl.overlap import watchdog
-from mpiddl.overlap.work import Label, Work
+from mpiddl.overlap.work import Label, Work, keep_while_working
 from mpiddl.waits import ALREADY, Pause, Wait, Waits
 
 __all__ = ["PATIENCE", "Engine", "engine_of", "may_thread"]
@@ -113,6 +113,7 @@ class Engine:
             priority=priority,
             threaded=threaded,
             label=label,
+            device=device,
         )
         self._submitted.append(work)
         if threaded:
@@ -127,11 +128,12 @@ class Engine:
 
         ``device`` is whose memory the caller leaves to it.
         """
-        result = self._run(waits, world, device.settled())
+        result = self._run(waits, world, device)
         device.hand_back()
         return result
 
-    def _run(self, waits: Waits[Any], world: World, wait: Wait) -> Any:
+    def _run(self, waits: Waits[Any], world: World, device: Device) -> Any:
+        wait = device.settled()
         if self.enter():  # nothing else to help on: no need for a Work, which costs microseconds
             try:
                 looks = 0
@@ -144,9 +146,12 @@ class Engine:
                             os.sched_yield()
             except StopIteration as end:
                 return end.value
+            except BaseException as error:
+                keep_while_working(device, error)
+                raise
             finally:
                 self.leave()
-        work = Work(self, waits, world, wait=wait)
+        work = Work(self, waits, world, wait=wait, device=device)
         self._submitted.append(work)
         return work.wait()
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mpiddl.comm.kept import keep_until
+from mpiddl.devices.base import Device
+from mpiddl.devices.host import HOST
 from mpiddl.events import Kind, record
 from mpiddl.waits import ALREADY, Wait, Waits
 
@@ -12,7 +16,7 @@ if TYPE_CHECKING:
     from mpiddl.comm.world import World
     from mpiddl.overlap.engine import Engine
 
-__all__ = ["Label", "Work"]
+__all__ = ["Label", "Work", "keep_while_working"]
 
 
 class Label(NamedTuple):
@@ -46,8 +50,10 @@ class Work:
         priority: int = 0,
         threaded: bool = False,
         label: Label | None = None,
+        device: Device = HOST,
     ) -> None:
         self.world = world
+        self._device = device
         self.priority = priority
         self.threaded = threaded
         self.seconds = 0.0
@@ -86,6 +92,7 @@ class Work:
         """Never to be advanced again; ``wait`` raises ``error``. Engine only."""
         self._error = error
         self._complete = True
+        keep_while_working(self._device, self)
 
     def advance(self, most: int) -> int:
         """Run the generator as far as it goes, at most so many turns; how many. Engine only."""
@@ -108,3 +115,11 @@ class Work:
             if not isinstance(error, Exception):  # Ctrl-C: also for whoever happened to poll
                 raise
         return turns
+
+
+def keep_while_working(device: Device, given_up: object) -> None:
+    """What was given up in the middle holds the memory that ``device`` was told to work on: keep
+    that until it has."""
+    if device.late:
+        with suppress(Exception):  # a GPU that fails works on nothing, and its error comes first
+            keep_until(device.fence().done, given_up)

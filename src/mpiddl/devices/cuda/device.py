@@ -99,7 +99,9 @@ class CudaDevice:
         windows = self._windows.pop(world, None)
         if windows is not None:
             windows.close()
-        self._messages.pop(world, None)
+        messages = self._messages.pop(world, None)
+        if isinstance(messages, StagedMessages):
+            messages.give_up()
 
     # Arithmetic.
 
