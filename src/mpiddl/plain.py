@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy
 import torch
 
-__all__ = ["decode", "encode", "gapless"]
+__all__ = ["decode", "digest", "encode", "gapless", "place_of"]
+
+COLUMNS = 1024
+WORD = 8  # bytes
 
 
 def encode(value: Any, where: str) -> tuple[Any, list[torch.Tensor]]:
@@ -43,6 +48,8 @@ class _Tensors:
 
 
 def _encode(value: Any, found: _Tensors, where: str) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": repr(float(value))}  # JSON has neither NaN nor infinity
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, torch.Tensor):
@@ -70,8 +77,8 @@ def _encode(value: Any, found: _Tensors, where: str) -> Any:
     )
 
 
-def decode(value: Any, tensors: Sequence[torch.Tensor]) -> Any:
-    """What ``encode`` was given, with these tensors.
+def decode(value: Any, tensors: Sequence[torch.Tensor] | Mapping[int, torch.Tensor]) -> Any:
+    """What ``encode`` was given, with these tensors under their numbers.
 
     Raises:
         ValueError, LookupError, TypeError: ``encode`` did not make it.
@@ -84,6 +91,8 @@ def decode(value: Any, tensors: Sequence[torch.Tensor]) -> Any:
     if kind in ("array", "scalar"):
         array = tensors[content].numpy()
         return array if kind == "array" else array[()]
+    if kind == "float":
+        return float(content)
     if kind == "bytes":
         return bytes.fromhex(content)
     if kind in ("dict", "counter"):  # such as MultiStepLR's milestones
@@ -95,9 +104,44 @@ def decode(value: Any, tensors: Sequence[torch.Tensor]) -> Any:
     return items if kind == "list" else tuple(items)
 
 
+def place_of(number: int, value: Any) -> str | None:
+    """Where tensor ``number`` is in what ``encode`` made, as ``['model']['0.weight']``; None:
+    nowhere."""
+    if not isinstance(value, dict):
+        return None
+    ((kind, content),) = value.items()
+    if kind in ("tensor", "array", "scalar"):
+        return "" if content == number else None
+    pairs = content if kind in ("dict", "counter") else []
+    if kind in ("list", "tuple"):
+        pairs = list(enumerate(content))
+    for key, item in pairs:
+        below = place_of(number, item)
+        if below is not None:
+            return f"[{key!r}]{below}"
+    return None
+
+
 def gapless(tensor: torch.Tensor) -> torch.Tensor:
     """``tensor`` itself where its elements are one piece of memory, else a copy that is."""
     tensor = tensor.detach()
     if tensor.stride() == torch.empty_like(tensor, device="meta").stride():
         return tensor
     return tensor.contiguous()
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """A checksum of all that makes two tensors the same: bits, order in memory, shape, dtype.
+
+    Ten times as fast as a cryptographic hash: sums of columns of 8-byte words, with overflow. Only
+    changes that cancel out in one column of 1,024 go unseen.
+    """
+    flat = gapless(tensor)
+    data = flat.as_strided((flat.numel(),), (1,)).view(torch.uint8)
+    if data.storage_offset() % WORD:
+        data = data.clone()
+    whole = len(data) // (COLUMNS * WORD) * (COLUMNS * WORD)
+    sums = data[:whole].view(torch.int64).view(-1, COLUMNS).sum(0)  # where the tensor is
+    hashed = hashlib.blake2b(sums.cpu().numpy().data, digest_size=16)
+    hashed.update(data[whole:].cpu().numpy().data)
+    return f"{hashed.hexdigest()} {flat.dtype} {tuple(flat.shape)} {flat.stride()}"

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import mpiddl
 from mpiddl.checkpoint.folders import WRITING, checkpoints, latest
 from mpiddl.checkpoint.index import read_index
-from mpiddl.checkpoint.tensors import read_tensors
 
 DIGITS = ["python", "jobs/digits.py", "--epochs", "2", "--batch-size", "64"]
 STEPS = 2 * 23
@@ -70,7 +70,8 @@ def _check_what_is_left(folder, reported):
         return 0
     index = read_index(path)
     assert reported <= index.step <= reported + 1  # the last line may be lost with the writer
-    assert all(bool((tensor == index.step).all()) for tensor in read_tensors(path, index))
+    values = load_file(path / "part-000.safetensors").values()
+    assert sum(bool((tensor == index.step).all()) for tensor in values) == 3
     return index.step
 
 
@@ -175,12 +176,10 @@ def test_usr1_saves_and_leaves_with_a_status_of_its_own(start, tmp_path, whole, 
     assert (out / "model.safetensors").read_bytes() == whole
 
 
-def test_a_finished_run_can_be_started_anew(start, tmp_path):
+def test_a_finished_run_can_go_on(start, tmp_path):
     flags = ["--epochs", "1", "--out", str(tmp_path)]
-    for _ in range(2):
-        job = start(2, [*DIGITS, *flags])
-        assert job.status == 0, job.both
-        assert job.out.count("epoch ") == 1
+    job = start(2, [*DIGITS, *flags])
+    assert job.status == 0, job.both
     assert len(checkpoints(tmp_path / "checkpoints")) == 1
     assert (tmp_path / "finished").exists()
     job = start(2, [*DIGITS, *flags, "--epochs", "2", "--resume"])
@@ -189,7 +188,7 @@ def test_a_finished_run_can_be_started_anew(start, tmp_path):
 
 
 def test_who_goes_on_with_a_finished_run_has_not_finished(start, tmp_path, clean_environment):
-    """Or a new start would take the checkpoints away."""
+    """A new start says so."""
     assert start(1, [*DIGITS, "--epochs", "1", "--out", str(tmp_path)]).status == 0
     job = _launch(tmp_path, "--epochs", "9", "--resume", "--checkpoint-every", "1")
     _wait_for(lambda: _last_step(tmp_path) > STEPS / 2, job)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import numpy
@@ -48,6 +49,29 @@ def test_numpy_is_as_torch_and_goes_on_in_mid_epoch(start, tmp_path):
     assert job.status == 0, job.both
     assert "goes on after step 6, in epoch 2" in job.out
     assert (by_numpy / "weights.npy").read_bytes() == whole
+
+
+def test_a_run_without_a_result_fails_and_keeps_its_checkpoints_until_told(start, tmp_path):
+    """A learning rate at which the loss overflows; then a start in the same folder, and another."""
+    flags = program("linear", "--epochs", "5", "--out", tmp_path)
+    job = start(2, [*flags, "--lr", "1e100"])
+    assert job.status == 1, job.both
+    assert job.both.count("error: NaN or infinite: loss since epoch 3") == 1
+    assert job.err.count("loss of epoch 5 is nan, null in files") == 1
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line, parse_constant=pytest.fail)["loss"] for line in lines]
+    assert losses[0] > 0
+    assert losses[2:] == [None, None, None]
+
+    written = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    job = start(None, flags)
+    assert job.status == 2, job.both
+    assert "has checkpoints of a run: go on with it by --resume" in job.err
+    assert written == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    job = start(None, [*flags, "--overwrite"])
+    assert job.status == 0, job.both
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 1
 
 
 def test_the_gradient_is_that_of_the_loss():

@@ -136,3 +136,12 @@ def test_a_file_that_is_missing_or_no_text_is_told(call, tmp_path):
     assert "cannot be read: Is a directory" in call("--config", str(tmp_path))[1]
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     assert "is no TOML file" in call("--config", str(tmp_path / "binary"))[1]
+
+
+@pytest.mark.parametrize("arguments", [("--resume", "--overwrite"), ("--overwrite", "--resume")])
+def test_what_goes_on_cannot_begin_anew(call, arguments):
+    status, said = call(*arguments)
+    assert status == 2
+    assert "choose one" in said
+    for name in arguments:
+        assert getattr(call(name), name.removeprefix("--")) is True

@@ -4,6 +4,7 @@ checkpoints/
     step-000000120/
         index.json               what is in it, and the files' checksums
         part-000.safetensors     tensors; as many files as ranks wrote
+        ranks.safetensors        what is a rank's own, where rank 0 alone writes
     step-000000180/
     .writing-step-000000240-1f2e3d4c/   begun by a job that was killed; the next save removes it
 """
@@ -17,8 +18,10 @@ import shutil
 from pathlib import Path
 
 from mpiddl.checkpoint.index import read_index
+from mpiddl.checkpoint.tensors import nothing
 from mpiddl.errors import CheckpointError
 from mpiddl.log import logger
+from mpiddl.overlap.together import Tick
 
 __all__ = [
     "WRITING",
@@ -27,6 +30,7 @@ __all__ = [
     "finish_folder",
     "flush_folder",
     "latest",
+    "newest",
     "remove",
     "remove_old",
 ]
@@ -59,9 +63,14 @@ def latest(folder: str | Path) -> Path | None:
     Raises:
         OSError: The folder cannot be read.
     """
+    return newest(folder, nothing)
+
+
+def newest(folder: str | Path, tick: Tick) -> Path | None:
+    """As ``latest``; calls ``tick`` after each piece that was read."""
     for path in reversed(checkpoints(folder)):
         try:
-            read_index(path).verify(path)
+            read_index(path).verify(path, tick)
         except CheckpointError as error:
             logger.warning("%s; the checkpoint before it is taken", error)
             continue
@@ -69,18 +78,23 @@ def latest(folder: str | Path) -> Path | None:
     return None
 
 
-def begin_folder(folder: Path, step: int) -> Path:
+def begin_folder(folder: Path, step: int, tick: Tick = nothing) -> Path:
     """A new place to write to. What killed jobs have left behind goes."""
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(f"{WRITING}*"):
         shutil.rmtree(left, ignore_errors=True)
+        tick()
     path = folder / f"{WRITING}step-{step:09d}-{secrets.token_hex(4)}"
     path.mkdir()
     return path
 
 
 def finish_folder(written: Path, folder: Path, step: int) -> Path:
-    """Give what was written its name, at once, for good."""
+    """Give what was written its name, at once, for good.
+
+    Raises:
+        OSError: It could not be done; what was written has its old name.
+    """
     flush_folder(written)
     name = f"step-{step:09d}"
     number = 1
@@ -89,7 +103,11 @@ def finish_folder(written: Path, folder: Path, step: int) -> Path:
         name = f"step-{step:09d}-{number}"
     path = folder / name
     written.rename(path)
-    flush_folder(folder)
+    try:
+        flush_folder(folder)
+    except OSError:
+        path.rename(written)
+        raise
     return path
 
 
@@ -102,7 +120,7 @@ def flush_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def remove_old(folder: Path, keep: int, just: Path) -> None:
+def remove_old(folder: Path, keep: int, just: Path, tick: Tick = nothing) -> None:
     """All but ``just``, the one that was written last, and the newest of those before it.
 
     Those with a later step are of another course of the job, which began anew from an earlier one,
@@ -116,6 +134,7 @@ def remove_old(folder: Path, keep: int, just: Path) -> None:
         logger.warning("%s is of another course of this job; it is %s now", path, aside.name)
     for path in found[: max(0, at + 1 - keep)]:
         remove(path)
+        tick()
 
 
 def remove(path: Path) -> None:

@@ -1,7 +1,7 @@
 """The index of a checkpoint: plain JSON, with the checksum of itself and of all other files.
 
-Two lines: ``{"mpiddl_checkpoint": 1, "sha256": ...}``, the checksum of the second line, and the
-contents.
+Two lines: ``{"mpiddl_checkpoint": 2, "sha256": ...}``, the checksum of the second line, and the
+contents. Version 1 had the state of every rank's random generators here, as text.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mpiddl.checkpoint.tensors import PIECE_BYTES, nothing
 from mpiddl.errors import CheckpointError
+from mpiddl.overlap.together import Tick
 
-__all__ = ["INDEX", "Index", "checksum", "read_index", "write_index"]
+__all__ = ["INDEX", "RANDOM", "Index", "checksum", "read_index", "write_index"]
 
 INDEX = "index.json"
-FORMAT, VERSION = "mpiddl_checkpoint", 1
-PIECE_BYTES = 1 << 20
+RANDOM = None
+"""What the state of the random generators is called among the parts: no part can have that name."""
+FORMAT, VERSION, FIRST_VERSION = "mpiddl_checkpoint", 2, 1
 
 
 @dataclass
@@ -28,53 +31,60 @@ class Index:
 
     Attributes:
         step: Of the job.
-        parts: The states by name, as ``mpiddl.plain`` writes them.
-        tensors: For each tensor the number of the file that it is in.
+        parts: Rank 0's states by name, as ``mpiddl.plain`` writes them. Its tensors have their
+            numbers as names in the files. What another rank has different is there too:
+            ``7.3``, rank 7's tensor 3, and ``7.parts``, its states as JSON.
         strides: For each tensor those that it had; files have all in the order of their dimensions.
         files: Name and SHA-256 of each file, in order.
         nodes: Ranks of each node of the job that wrote it.
-        random: State of the random generators of each rank.
         choices: What the job had found out by measuring.
         versions: Of what wrote it.
+        plain: Names of the parts that had no ``state_dict()``; None: it was not written down.
+        random: State of the random generators of each rank, in version 1.
     """
 
     step: int
     parts: dict[str, Any]
-    tensors: list[int]
     strides: list[list[int]]
     files: list[tuple[str, str]]
     nodes: list[list[int]]
-    random: list[dict[str, Any]]
     choices: dict[str, Any]
     versions: dict[str, str]
+    plain: list[str] | None = None
+    random: list[dict[str, Any]] | None = None
 
-    def verify(self, path: Path) -> None:
+    def verify(self, path: Path, tick: Tick = nothing) -> None:
         """Hold every file against its checksum.
+
+        Args:
+            path: The checkpoint's folder.
+            tick: Called after each piece.
 
         Raises:
             CheckpointError: One is missing, truncated or corrupted.
         """
         for name, expected in self.files:
             try:
-                found = checksum(path / name)
+                found = checksum(path / name, tick)
             except OSError as error:
                 raise CheckpointError(f"{path / name}: {error.strerror}") from None
             if found != expected:
                 raise CheckpointError(f"{path / name} is truncated or corrupted: another checksum")
 
 
-def checksum(path: Path) -> str:
-    """SHA-256 of a file, as ``sha256sum`` prints it."""
+def checksum(path: Path, tick: Tick = nothing) -> str:
+    """SHA-256 of a file, as ``sha256sum`` prints it; calls ``tick`` after each piece."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(PIECE_BYTES):
             digest.update(piece)
+            tick()
     return digest.hexdigest()
 
 
 def write_index(path: Path, index: Index) -> None:
     """Write and flush ``index`` in the folder ``path``."""
-    body = json.dumps(asdict(index))
+    body = json.dumps(asdict(index), allow_nan=False)
     head = {FORMAT: VERSION, "sha256": hashlib.sha256(body.encode()).hexdigest()}
     with open(path / INDEX, "w") as file:
         file.write(f"{json.dumps(head)}\n{body}\n")
@@ -95,13 +105,18 @@ def read_index(path: Path) -> Index:
         if not body.endswith("\n"):
             raise CheckpointError(f"{file} is truncated")
         body = body[:-1]
-        if header[FORMAT] != VERSION:
+        version = int(header[FORMAT])
+        if not FIRST_VERSION <= version <= VERSION:
             raise CheckpointError(
-                f"{file} has version {header[FORMAT]}, this mpiddl reads {VERSION}"
+                f"{file} has version {version}, this mpiddl reads {FIRST_VERSION} to {VERSION}: "
+                "load it with the mpiddl that wrote it, or a newer one"
             )
         if header["sha256"] != hashlib.sha256(body.encode()).hexdigest():
             raise CheckpointError(f"{file} is truncated or corrupted: another checksum")
-        index = Index(**json.loads(body))
+        contents = json.loads(body)
+        if version == FIRST_VERSION:
+            del contents["tensors"]  # which file each is in: files say that themselves
+        index = Index(**contents)
         if any(Path(name).name != name for name, _ in index.files):
             raise CheckpointError(f"{file} names files that are not beside it")
         return index

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from mpiddl.checkpoint.folders import checkpoints, latest
-from mpiddl.checkpoint.generators import set_random_state
-from mpiddl.checkpoint.index import INDEX, Index, read_index
-from mpiddl.checkpoint.tensors import read_tensors
-from mpiddl.collectives.channel import bytes_of
+from mpiddl.checkpoint.folders import checkpoints, newest
+from mpiddl.checkpoint.generators import from_text, set_random_state
+from mpiddl.checkpoint.index import INDEX, RANDOM, Index, read_index
+from mpiddl.checkpoint.names import in_names_of
+from mpiddl.checkpoint.own import PARTS, in_turn, name_of, parts_of, receive, send
+from mpiddl.checkpoint.places import Places, keep_bits, places_in_model, places_in_optimizer
+from mpiddl.checkpoint.tensors import PIECE_BYTES, Kind, Stored, stored_tensors
+from mpiddl.collectives.channel import Channel, bytes_of
 from mpiddl.comm.tuning import Choice
 from mpiddl.comm.world import World, current_world
+from mpiddl.devices.base import Buffer
 from mpiddl.errors import CheckpointError
 from mpiddl.log import logger
 from mpiddl.overlap.calls import broadcast, broadcast_json
-from mpiddl.overlap.together import raise_together
+from mpiddl.overlap.together import Tick, raise_together, work_together
 from mpiddl.plain import decode
+from mpiddl.segments import chunked
 
 __all__ = ["Checkpoint", "load"]
 
@@ -30,7 +37,8 @@ class Checkpoint(NamedTuple):
     Attributes:
         step: At which it was saved.
         path: Its folder.
-        values: The parts that have no ``load_state_dict``, by name.
+        values: The plain values that were saved, by name, and the states of parts that were asked
+            for with something that has no ``load_state_dict``, None say.
         same_ranks: Whether as many ranks, on as many nodes, wrote it: random generators and
             choices made by measuring were restored.
     """
@@ -45,15 +53,17 @@ def load(folder: str | Path, *, world: World | None = None, **parts: Any) -> Che
     """Load the newest whole checkpoint into ``parts``. Collective.
 
     Rank 0 reads and checks it; the others get it as messages, so only rank 0's node needs to see
-    the folder. Nothing is unpickled. On as many ranks and nodes as wrote it, every rank goes on
-    with its random numbers, and what was found out by measuring counts again, instead of being
-    measured anew.
+    the folder. Nothing is unpickled. Tensors arrive in pieces, right where they are needed: in the
+    model's own memory, and where an optimizer wants its state. On as many ranks as wrote it each
+    gets what was its own; on as many nodes, too, every rank goes on with its random numbers, and
+    what was found out by measuring counts again, instead of being measured anew.
 
     Args:
         folder: As ``save`` was given, or one checkpoint in it.
         world: The ranks; default those of ``mpiddl.init()``.
         parts: As ``save`` was given: what has a ``load_state_dict()`` is loaded. Of another part,
-            None say, the value is returned.
+            None say, the value is returned. Of a part that is left out nothing is read, if it had a
+            ``state_dict()``.
 
     Returns:
         None, on every rank, if there is no checkpoint.
@@ -63,93 +73,262 @@ def load(folder: str | Path, *, world: World | None = None, **parts: Any) -> Che
             or the one that was named is broken.
     """
     world = world or current_world()
-    told, tensors, problem = None, [], None
+    found = _open_together(Path(folder), world)
+    if found is None:
+        return None
+    index = found.index
+    same = index.nodes == [list(ranks) for ranks in world.layout.nodes]
     if world.rank == 0:
+        _tell_what_is_lost(found, same, world)
+    _refuse_others(found, parts, world)
+    wanted = _wanted(found, parts, same, world)
+    kinds = found.kinds_of(world.rank)
+    places = {name: Places(kinds, found.strides_of(world.rank)) for name in wanted}
+    here: dict[str | None, Any] = {
+        name: part.state_dict() for name, part in parts.items() if isinstance(part, torch.nn.Module)
+    }
+
+    def states() -> dict[str | None, Any]:
+        decoded = {name: decode(encoded, places[name]) for name, encoded in wanted.items()}
+        named = {name: in_names_of(model, decoded[name]) for name, model in here.items()}
+        return {**decoded, **named}
+
+    with _together(found.path, world):
+        made = states()  # not filled yet
+        for name, part in parts.items():
+            if name in here:
+                _refuse_other_model(found.path, name, made[name], here[name])
+                places[name].replace(places_in_model(made[name], here[name]))
+            else:
+                places[name].replace(places_in_optimizer(part, made[name]))
+    _fill(found, places, world)
+    with _together(found.path, world):
+        filled = states()
+        for name, part in parts.items():
+            if hasattr(part, "load_state_dict"):
+                state = filled.pop(name)
+                part.load_state_dict(state)
+                keep_bits(part, state)
+    if same:
+        old = index.random
+        set_random_state(
+            filled.pop(RANDOM) if old is None else from_text(old[world.rank]), world.device
+        )
+        _adopt(index.choices, parts, world)
+    values = {name: state for name, state in filled.items() if name is not None}
+    return Checkpoint(index.step, found.path, values, same)
+
+
+class _Found:
+    """A checkpoint, as all ranks know it.
+
+    Args:
+        path: Its folder.
+        index: What is in it.
+        kinds: Of each tensor in its files, by name.
+        stored: Where each of them is, on rank 0.
+        world: The ranks.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        index: Index,
+        kinds: dict[str, Kind],
+        stored: dict[str, Stored],
+        world: World,
+    ) -> None:
+        self.path = path
+        self.index = index
+        self.has_own = any("." in name for name in kinds)
+        self.shared = {int(name): kind for name, kind in kinds.items() if "." not in name}
+        as_many = sum(map(len, index.nodes)) == world.size
+        self.own = {name: kind for name, kind in kinds.items() if "." in name and as_many}
+        self._stored = stored
+        self._problem: str | None = None
+
+    def kinds_of(self, rank: int) -> dict[int, Kind]:
+        """Of each tensor of this rank, by number."""
+        own = {
+            int(what): kind
+            for owner, what, kind in map(_split, self.own.items())
+            if owner == rank and what != PARTS
+        }
+        return {**self.shared, **own}
+
+    def strides_of(self, rank: int) -> dict[int, list[int]]:
+        """Of each tensor of this rank whose strides were written down."""
+        kinds = self.kinds_of(rank)
+        known = enumerate(self.index.strides)
+        return {at: strides for at, strides in known if kinds.get(at) == self.shared.get(at)}
+
+    def read(self, name: int | str, piece: Buffer, start: int = 0) -> None:
+        """On rank 0: fill ``piece`` with bytes of a tensor. What goes wrong is kept until all ranks
+        have got what they wait for."""
         try:
-            found = _find(Path(folder))
-            if found is not None:
-                index = read_index(found)
-                tensors = read_tensors(found, index)
-                told = [os.fspath(found), vars(index), [_describe(tensor) for tensor in tensors]]
-        except CheckpointError as error:
-            problem = str(error)
+            if self._problem is None:
+                self._stored[f"{name}"].read(piece, start)
         except OSError as error:
-            problem = f"{folder}: {error.strerror}"
-    told, problem = broadcast_json([told, problem], world=world)
-    if problem is not None:
-        raise CheckpointError(problem, on_every_rank=True)
+            self._problem = f"{self.path}: {error.strerror}"
+        except (CheckpointError, LookupError) as error:
+            self._problem = f"{self.path} is broken: {error}"
+
+    def raise_problem(self, world: World) -> None:
+        """Raises: CheckpointError: On every rank, if one could not read."""
+        raise_together(self._problem, world, CheckpointError)
+
+
+def _split(entry: tuple[str, Kind]) -> tuple[int, str, Kind]:
+    """A name of a rank's own tensor as rank and number."""
+    owner, _, what = entry[0].partition(".")
+    return int(owner), what, entry[1]
+
+
+def _open_together(folder: Path, world: World) -> _Found | None:
+    """Rank 0 finds and checks it, and tells the others."""
+
+    def find(tick: Tick) -> tuple[Path, Index, dict[str, Stored]] | None:
+        try:
+            path = _find(folder, tick) if world.rank == 0 else None
+            if path is None:
+                return None
+            index, stored = read_index(path), {}
+            for name, _ in index.files:
+                stored.update(stored_tensors(path / name))
+            return path, index, stored
+        except OSError as error:
+            raise CheckpointError(f"{folder}: {error.strerror}") from None
+
+    found, told = work_together(find, world, CheckpointError), None
+    if found is not None:
+        path, index, stored = found
+        told = [os.fspath(path), vars(index), {name: at.kind for name, at in stored.items()}]
+    told = broadcast_json(told, world=world)
     if told is None:
         return None
-    path, facts, shapes = told
-    if world.rank != 0:
-        tensors = [
-            torch.empty_strided(shape, strides, dtype=getattr(torch, name), device="cpu")
-            for name, shape, strides in shapes
-        ]
-    for tensor in tensors:
-        if tensor.numel():
-            broadcast(bytes_of(tensor), world=world)
-    return _restore(Path(path), Index(**facts), tensors, parts, world)
+    path, facts, kinds = told
+    kinds = {name: Kind(*kind) for name, kind in kinds.items()}
+    return _Found(Path(path), Index(**facts), kinds, {} if found is None else found[2], world)
 
 
-def _find(folder: Path) -> Path | None:
+def _find(folder: Path, tick: Tick) -> Path | None:
     if not (folder / INDEX).exists():
-        found = latest(folder)
+        found = newest(folder, tick)
         if found is None and checkpoints(folder):
             raise CheckpointError(
                 f"none of the checkpoints in {folder} can be read; remove them to begin anew"
             )
         return found
-    read_index(folder).verify(folder)
+    read_index(folder).verify(folder, tick)
     return folder
 
 
-def _describe(tensor: torch.Tensor) -> tuple[str, list[int], list[int]]:
-    name = str(tensor.dtype).removeprefix("torch.")
-    return name, list(tensor.shape), list(tensor.stride())
+def _tell_what_is_lost(found: _Found, same: bool, world: World) -> None:
+    nodes = found.index.nodes
+    if not same:
+        logger.info(
+            "%s was written by %d ranks on %d nodes: random numbers begin anew",
+            found.path,
+            sum(map(len, nodes)),
+            len(nodes),
+        )
+    if found.has_own and not found.own and world.rank == 0:
+        logger.info("%s: what was each rank's own is rank 0's on all ranks now", found.path)
 
 
-def _restore(
-    path: Path, index: Index, tensors: list[torch.Tensor], parts: dict[str, Any], world: World
-) -> Checkpoint:
-    problem, states = None, {}
+def _refuse_others(found: _Found, parts: dict[str, Any], world: World) -> None:
+    """Before anything is changed: a part that is missing, or that not all ranks ask for."""
+    problem = None
+    stored = [name for name, _ in found.index.parts["dict"]]
+    everyones = broadcast_json(list(parts), world=world)
+    if set(everyones) != set(parts):
+        problem = f"asks for {sorted(parts)}, rank 0 for {sorted(everyones)}: all must ask alike"
+    for name in parts:
+        if name not in stored:
+            names = ", ".join(name for name in stored if name is not RANDOM)
+            problem = f"{found.path} has no {name!r}, only {names or 'nothing'}"
+    raise_together(problem, world, CheckpointError)
+
+
+def _wanted(
+    found: _Found, parts: dict[str, Any], same: bool, world: World
+) -> dict[str | None, Any]:
+    """This rank's states as JSON, by name: those that are asked for, and plain values."""
+    received = [found.index.parts]
+
+    def pass_on(owner: int, name: str, kind: Kind, channel: Channel) -> None:
+        text = torch.empty(tuple(kind.shape), dtype=torch.uint8, device="cpu")
+        if world.rank == 0:
+            found.read(name, text)
+            send(text, owner, channel)
+        else:
+            receive(text, 0, channel)
+            received.append(parts_of(text))
+
+    in_turn(world, [(n, k) for n, k in found.own.items() if n.endswith(PARTS)], pass_on)
+    found.raise_problem(world)
+    states: dict[str | None, Any] = dict(map(tuple, received[-1]["dict"]))
+    plain = found.index.plain
+    return {
+        name: state
+        for name, state in states.items()
+        if (same if name is RANDOM else name in parts or plain is None or name in plain)
+    }
+
+
+def _fill(found: _Found, places: dict[str | None, Places], world: World) -> None:
+    """Rank 0 reads each tensor and passes it on, a piece at a time. Collective."""
+
+    def targets_of(number: int) -> list[torch.Tensor]:
+        return [of_part[number] for of_part in places.values() if number in of_part]
+
+    # All ranks have the same states and ask for the same parts, or some of them may want any.
+    may_differ = any(name.endswith(PARTS) for name in found.own)
+    for number, kind in sorted(found.shared.items()):
+        if not (may_differ or targets_of(number)):
+            continue
+        is_own = name_of(world.rank, number) in found.own
+        with _wire(kind, [] if is_own else targets_of(number)) as wire:
+            for part in chunked(slice(0, len(wire)), PIECE_BYTES):
+                if world.rank == 0:
+                    found.read(number, wire[part], part.start)
+                broadcast(wire[part], world=world)
+
+    def pass_on(owner: int, name: str, kind: Kind, channel: Channel) -> None:
+        with _wire(kind, targets_of(int(name.partition(".")[2])) if world.rank else []) as wire:
+            if world.rank == 0:
+                found.read(name, wire)
+                send(wire, owner, channel)
+            else:
+                receive(wire, 0, channel)
+
+    in_turn(world, [(n, k) for n, k in found.own.items() if not n.endswith(PARTS)], pass_on)
+    found.raise_problem(world)
+
+
+@contextmanager
+def _wire(kind: Kind, targets: list[torch.Tensor]) -> Iterator[Buffer]:
+    """Bytes on the host in the order of dimensions; afterwards all ``targets`` have them."""
+    ready = [t for t in targets if t.device.type == "cpu" and t.is_contiguous()]
+    whole = ready[0] if ready else torch.empty(tuple(kind.shape), dtype=kind.dtype, device="cpu")
+    yield bytes_of(whole)
+    with torch.no_grad():
+        for target in targets:
+            if target is not whole:
+                target.copy_(whole)
+
+
+@contextmanager
+def _together(path: Path, world: World) -> Iterator[None]:
+    """What goes wrong here on one rank is an error on all."""
+    problem = None
     try:
-        states = decode(index.parts, tensors)
-        _refuse_others(path, states, parts)
-        for name, part in parts.items():
-            if hasattr(part, "load_state_dict"):
-                part.load_state_dict(states[name])
+        yield
     except CheckpointError as error:
         problem = str(error)
     except Exception as error:  # whatever a part makes of a state that is another's
         problem = f"{path} does not fit this job: {error}"
     raise_together(problem, world, CheckpointError)
-    same = index.nodes == [list(ranks) for ranks in world.layout.nodes]
-    if same:
-        set_random_state(index.random[world.rank], world.device)
-        _adopt(index.choices, parts, world)
-    elif world.rank == 0:
-        logger.info(
-            "%s was written by %d ranks on %d nodes: random numbers begin anew",
-            path,
-            sum(map(len, index.nodes)),
-            len(index.nodes),
-        )
-    values = {
-        name: state
-        for name, state in states.items()
-        if not hasattr(parts.get(name), "load_state_dict")
-    }
-    return Checkpoint(index.step, path, values, same)
-
-
-def _refuse_others(path: Path, states: dict[str, Any], parts: dict[str, Any]) -> None:
-    """Before anything is changed: a part that is missing, a model that is another one."""
-    for name, part in parts.items():
-        if name not in states:
-            raise CheckpointError(f"{path} has no {name!r}, only {', '.join(states) or 'nothing'}")
-        if isinstance(part, torch.nn.Module):
-            _refuse_other_model(path, name, states[name], part.state_dict())
 
 
 def _refuse_other_model(

@@ -7,24 +7,47 @@ import operator
 import os
 import platform
 import shutil
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from mpiddl.checkpoint.folders import begin_folder, finish_folder, remove_old
 from mpiddl.checkpoint.generators import random_state
-from mpiddl.checkpoint.index import Index, write_index
-from mpiddl.checkpoint.tensors import file_name, shares_of_writers, write_tensors
+from mpiddl.checkpoint.index import RANDOM, Index, write_index
+from mpiddl.checkpoint.own import (
+    PARTS,
+    differences,
+    digests,
+    in_turn,
+    name_of,
+    receive,
+    send,
+)
+from mpiddl.checkpoint.tensors import (
+    Kind,
+    TensorWriter,
+    check_storable,
+    file_name,
+    in_file_order,
+    kind_of,
+    shares_of_writers,
+    write_tensors,
+)
+from mpiddl.collectives.channel import Channel, bytes_of
 from mpiddl.comm import library
 from mpiddl.comm.world import World, current_world
 from mpiddl.errors import CheckpointError
 from mpiddl.log import logger
-from mpiddl.overlap.calls import broadcast_json, gather_json
-from mpiddl.overlap.together import raise_together
-from mpiddl.plain import encode, gapless
+from mpiddl.overlap.calls import barrier, broadcast_json, gather_json
+from mpiddl.overlap.together import Tick, raise_together, work_together
+from mpiddl.plain import encode, gapless, place_of
 
 __all__ = ["save"]
+
+RANKS = "ranks.safetensors"
 
 
 def save(
@@ -40,23 +63,27 @@ def save(
 
     Collective. It is written under another name, flushed to disk with all its checksums, and then
     renamed: whoever is killed at whatever moment, the one before it stays. Stored too: where ranks
-    are, versions, and what the model and ``mpiddl tune`` had found out by measuring.
+    are, versions, and what the model and ``mpiddl tune`` had found out by measuring. It may take as
+    long as it takes: writing is progress to the watchdog of every rank.
 
     Args:
         folder: Where checkpoints are, on a file system that every node sees if ``sharded``.
         step: Of the job; names the checkpoint.
         keep: The newest so many are kept.
-        sharded: Each rank writes its part of the tensors, which are the same on all; else rank 0
-            writes all of them.
+        sharded: Each rank writes its part of the tensors that are the same on all, and what is its
+            own; else rank 0 writes all of them.
         world: The ranks; default those of ``mpiddl.init()``.
         parts: By name: whatever has a ``state_dict()`` (model, optimizer, scheduler, sampler,
-            GradScaler), or such a state, or plain values; on every rank the same.
+            GradScaler), or such a state, or plain values. What is the same on all ranks is stored
+            once; of what differs (a rank's running statistics, its place in a stream) each rank
+            gets its own back.
 
     Returns:
         The checkpoint's folder, on every rank.
 
     Raises:
-        CheckpointError: On every rank: it could not be written; those before it are still there.
+        CheckpointError: On every rank: it could not be written. Those before it are still there,
+            and nothing is left of this one.
         ValueError: ``step`` is negative, or ``keep`` not positive.
         TypeError: A part holds something else than tensors and plain values.
     """
@@ -64,30 +91,89 @@ def save(
     step = operator.index(step)
     if step < 0 or keep < 1:
         raise ValueError(f"step={step} must not be negative, keep={keep} must be positive")
-    states = {name: _state_of(part) for name, part in parts.items()}
-    encoded, tensors = encode(states, "the checkpoint")
     folder = Path(folder)
+    encoded, tensors = _encode_together(folder, parts, world)
+    contents = _share_out(encoded, tensors, sharded, world)
     path = _begin(folder, step, world)
-    owners = shares_of_writers([t.nbytes for t in tensors], world.size if sharded else 1)
-    file = _write(path, folder, tensors, owners, world)
-    facts = gather_json([file, random_state(world.device)], 0, world=world) or []
-    choices = _choices(parts)
-    index = Index(
-        step=step,
-        parts=encoded,
-        tensors=owners,
-        strides=[list(gapless(tensor).stride()) for tensor in tensors],
-        files=[tuple(written) for written, _ in facts if written is not None],
-        nodes=[list(ranks) for ranks in world.layout.nodes],
-        random=[state for _, state in facts],
-        choices={**choices, "tuned": [list(choice) for choice in world.tuned]},
-        versions=_versions(),
-    )
-    return _finish(path, folder, index, keep, world)
+    try:
+        files = [*_write(path, folder, contents, world), *_collect(path, folder, contents, world)]
+        index = Index(
+            step=step,
+            parts=encoded,
+            strides=[list(gapless(tensor).stride()) for tensor in tensors],
+            files=files,
+            nodes=[list(ranks) for ranks in world.layout.nodes],
+            choices={**_choices(parts), "tuned": [list(choice) for choice in world.tuned]},
+            versions=_versions(),
+            plain=[name for name, part in parts.items() if not hasattr(part, "state_dict")],
+        )
+        return _finish(path, folder, index, keep, world)
+    except BaseException as error:
+        if world.rank == 0:
+            shutil.rmtree(path, ignore_errors=True)  # the disk may be full
+        if isinstance(error, CheckpointError):  # on every rank: none is to see what is removed
+            barrier(world=world)
+        raise
+
+
+def _encode_together(
+    folder: Path, parts: dict[str, Any], world: World
+) -> tuple[Any, list[torch.Tensor]]:
+    """This rank's states as JSON and tensors; an error on every rank if one cannot give them."""
+    encoded, tensors, problem = None, list[torch.Tensor](), None
+    try:
+        states: dict[str | None, Any] = {name: _state_of(part) for name, part in parts.items()}
+        states[RANDOM] = random_state(world.device)
+        encoded, tensors = encode(states, "the checkpoint")
+        for number, tensor in enumerate(tensors):
+            check_storable(tensor, f"the checkpoint{place_of(number, encoded)}")
+    except Exception as error:
+        problem = error
+    try:
+        raise_together(_told(folder, problem) if problem else None, world, CheckpointError)
+    except CheckpointError:
+        if isinstance(problem, TypeError):  # as of a call that was wrong
+            raise problem from None
+        raise
+    return encoded, tensors
 
 
 def _state_of(part: Any) -> Any:
     return part.state_dict() if hasattr(part, "state_dict") else part
+
+
+class _Contents(NamedTuple):
+    """What goes into the files.
+
+    Attributes:
+        mine: What this rank writes, by name.
+        own: What is a rank's own and sent to rank 0, which writes it: names and kinds, the same on
+            every rank.
+        sent: This rank's part of these, by name.
+    """
+
+    mine: dict[str, torch.Tensor]
+    own: dict[str, Kind]
+    sent: dict[str, torch.Tensor]
+
+
+def _share_out(encoded: Any, tensors: list[torch.Tensor], sharded: bool, world: World) -> _Contents:
+    """Who writes what. Collective."""
+    mine = digests(encoded, tensors)
+    found = differences(encoded, tensors, mine, broadcast_json(mine, world=world))
+    own = {name_of(world.rank, what): tensor for what, tensor in found.items()}
+    told = gather_json(
+        [[what for what in found if what != PARTS], {n: kind_of(t) for n, t in own.items()}],
+        world=world,
+    )
+    owners = shares_of_writers([t.nbytes for t in tensors], world.size if sharded else 1)
+    for number in {number for numbers, _ in told for number in numbers if number < len(owners)}:
+        owners[number] = 0  # others have something else under this number
+    shared = {str(at): tensors[at] for at, owner in enumerate(owners) if owner == world.rank}
+    if sharded:
+        return _Contents({**shared, **own}, {}, {})
+    kinds = {name: Kind(*kind) for _, theirs in told for name, kind in theirs.items()}
+    return _Contents(shared, {name: kinds[name] for name in in_file_order(kinds)}, own)
 
 
 def _choices(parts: dict[str, Any]) -> dict[str, Any]:
@@ -111,61 +197,100 @@ def _told(folder: Path, error: Exception) -> str:
     return f"no checkpoint was written to {folder}: {reason}; those before it are kept"
 
 
+@contextmanager
+def _telling(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(_told(folder, error)) from error
+
+
 def _begin(folder: Path, step: int, world: World) -> Path:
-    path, problem = None, None
-    if world.rank == 0:
+    def begin(tick: Tick) -> str | None:
+        if world.rank != 0:
+            return None
+        with _telling(folder):
+            return os.fspath(begin_folder(folder, step, tick))
+
+    return Path(broadcast_json(work_together(begin, world, CheckpointError), world=world))
+
+
+def _write(path: Path, folder: Path, contents: _Contents, world: World) -> list[tuple[str, str]]:
+    """Every rank its file. Returns: name and checksum of all of them."""
+
+    def write(tick: Tick) -> tuple[str, str] | None:
+        if not contents.mine and world.rank != 0:
+            return None
+        with _telling(folder):
+            name = file_name(world.rank)
+            return name, write_tensors(path / name, contents.mine, tick)
+
+    written = gather_json(work_together(write, world, CheckpointError), world=world)
+    return [(name, checksum) for name, checksum in filter(None, written)]
+
+
+def _collect(path: Path, folder: Path, contents: _Contents, world: World) -> list[tuple[str, str]]:
+    """What is a rank's own goes to rank 0, which writes it. Returns: as ``_write``, on rank 0."""
+    if not contents.own:
+        return []
+    file = _OwnFile(path / RANKS, contents.own) if world.rank == 0 else None
+
+    def pass_on(owner: int, name: str, kind: Kind, channel: Channel) -> None:
+        if file is None:
+            send(bytes_of(contents.sent[name].cpu().contiguous()), 0, channel)
+            return
+        tensor = torch.empty(tuple(kind.shape), dtype=kind.dtype, device="cpu")
+        receive(bytes_of(tensor), owner, channel)
+        file.write(tensor)
+
+    in_turn(world, contents.own.items(), pass_on)
+    problem, checksum = (None, "") if file is None else file.finish()
+    raise_together(_told(folder, problem) if problem else None, world, CheckpointError)
+    return [(RANKS, checksum)]
+
+
+class _OwnFile:
+    """A file whose errors are kept until all have sent what they have: others wait meanwhile."""
+
+    def __init__(self, path: Path, kinds: dict[str, Kind]) -> None:
+        self._problem: OSError | None = None
+        self._writer: TensorWriter | None = None
         try:
-            path = begin_folder(folder, step)
+            self._writer = TensorWriter(path, kinds)
         except OSError as error:
-            problem = _told(folder, error)
-    path, problem = broadcast_json([path and os.fspath(path), problem], world=world)
-    if problem is not None:
-        raise CheckpointError(problem, on_every_rank=True)
-    return Path(path)
+            self._problem = error
 
+    def write(self, tensor: torch.Tensor) -> None:
+        if self._writer is not None and self._problem is None:
+            try:
+                self._writer.write(tensor)
+            except OSError as error:
+                self._problem = error
 
-def _write(
-    path: Path, folder: Path, tensors: list[torch.Tensor], owners: list[int], world: World
-) -> tuple[str, str] | None:
-    """Every rank its file; an error on all of them if one could not."""
-    problem, file = None, None
-    try:
-        file = _write_own(path, tensors, owners, world)
-    except Exception as error:  # a dtype that safetensors does not know, say: others must hear
-        problem = _told(folder, error)
-    try:
-        raise_together(problem, world, CheckpointError)
-    except CheckpointError:
-        if world.rank == 0:
-            shutil.rmtree(path, ignore_errors=True)  # the disk may be full
-        raise
-    return file
-
-
-def _write_own(
-    path: Path, tensors: list[torch.Tensor], owners: list[int], world: World
-) -> tuple[str, str] | None:
-    """This rank's file: name and checksum; None if it writes none."""
-    mine = {at: tensors[at] for at, owner in enumerate(owners) if owner == world.rank}
-    if world.rank > max(owners, default=0):
-        return None
-    name = file_name(world.rank)
-    return name, write_tensors(path / name, mine)
+    def finish(self) -> tuple[OSError | None, str]:
+        """What went wrong, and the checksum."""
+        if self._writer is None:
+            return self._problem, ""
+        with closing(self._writer):
+            if self._problem is not None:
+                return self._problem, ""
+            try:
+                return None, self._writer.finish()
+            except OSError as error:
+                return error, ""
 
 
 def _finish(path: Path, folder: Path, index: Index, keep: int, world: World) -> Path:
-    final, problem = None, None
-    if world.rank == 0:
-        try:
+    def finish(tick: Tick) -> str | None:
+        if world.rank != 0:
+            return None
+        with _telling(folder):
             write_index(path, index)
             final = finish_folder(path, folder, index.step)
-        except OSError as error:
-            problem = _told(folder, error)
-            shutil.rmtree(path, ignore_errors=True)
-    if final is not None:
         try:
-            remove_old(folder, keep, final)
+            remove_old(folder, keep, final, tick)
         except OSError as error:
             logger.warning("old checkpoints in %s cannot be removed: %s", folder, error.strerror)
-    raise_together(problem, world, CheckpointError)
-    return Path(broadcast_json(final and os.fspath(final), world=world))
+        return os.fspath(final)
+
+    return Path(broadcast_json(work_together(finish, world, CheckpointError), world=world))

@@ -1,17 +1,121 @@
-"""The tensors of a checkpoint: who writes which, and their files."""
+"""The files of a checkpoint's tensors, in the format of safetensors, a piece at a time.
+
+The safetensors library writes and reads a file in one call. Here a file goes through memory in
+pieces: no rank holds more than one tensor of it, its checksum is made on the way, a full disk is an
+error and no signal, and whoever waits sees that it goes on. The format is 8 bytes with the length
+of the header, the header, which is JSON, and the tensors' memory, one after the other.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from mpiddl.checkpoint.index import Index, checksum
+from mpiddl.checkpoint.names import plain_name
+from mpiddl.collectives.channel import bytes_of
+from mpiddl.devices.base import Buffer
 from mpiddl.errors import CheckpointError
+from mpiddl.overlap.together import Tick
+from mpiddl.segments import chunked
 
-__all__ = ["file_name", "read_tensors", "shares_of_writers", "write_model", "write_tensors"]
+__all__ = [
+    "PIECE_BYTES",
+    "Kind",
+    "Stored",
+    "TensorWriter",
+    "check_model",
+    "check_storable",
+    "file_name",
+    "in_file_order",
+    "kind_of",
+    "nothing",
+    "shares_of_writers",
+    "stored_tensors",
+    "write_model",
+    "write_tensors",
+]
+
+PIECE_BYTES = 16 << 20
+FLUSH_BYTES = 256 << 20
+"""After so many bytes the disk is waited for: else all of the waiting comes at the end of the file,
+and nobody sees that it goes on."""
+
+METADATA = "__metadata__"
+"""What the format calls the place for remarks: no tensor can have this name."""
+MOST_HEADER_BYTES = 1 << 30
+
+_NAMES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "C64": "complex64",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+_DTYPES = {name: getattr(torch, own) for name, own in _NAMES.items() if hasattr(torch, own)}
+_CODES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def nothing() -> None:
+    """For work that nobody waits for."""
+
+
+class Kind(NamedTuple):
+    """What must be known of a tensor before its memory comes.
+
+    Attributes:
+        code: Its dtype, as safetensors calls it.
+        shape: Its sizes.
+    """
+
+    code: str
+    shape: Sequence[int]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As torch calls it."""
+        dtype: torch.dtype = _DTYPES[self.code]
+        return dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its memory in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def kind_of(tensor: torch.Tensor) -> Kind:
+    """Of a tensor that ``check_storable`` let pass."""
+    return Kind(_CODES[tensor.dtype], list(tensor.shape))
+
+
+def check_storable(tensor: torch.Tensor, name: str) -> None:
+    """Raises: ValueError: It is no dense tensor, or of a dtype that files do not have."""
+    if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
+        raise ValueError(f"{name} is no dense tensor: safetensors files hold nothing else")
+    if tensor.dtype not in _CODES:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        hint = "torch.view_as_real(tensor)" if tensor.is_complex() else "a tensor of another dtype"
+        raise ValueError(f"{name} is {dtype}, which safetensors files cannot hold; pass {hint}")
 
 
 def file_name(number: int) -> str:
@@ -30,76 +134,197 @@ def shares_of_writers(nbytes: Sequence[int], writers: int) -> list[int]:
     return owners
 
 
-def write_tensors(path: Path, tensors: dict[int, torch.Tensor]) -> str:
-    """Write tensors under their numbers, and flush them. Returns: The file's checksum.
+def in_file_order(kinds: Mapping[str, Kind]) -> list[str]:
+    """Their names: widest elements first, so that each tensor begins at a multiple of its own."""
+    return sorted(kinds, key=lambda name: -kinds[name].dtype.itemsize)
+
+
+class TensorWriter:
+    """Writes a file, a tensor at a time.
+
+    Args:
+        path: The file; there is none yet.
+        kinds: All of its tensors by name, in the order in which they will come.
+        tick: Called after each piece.
+
+    Raises:
+        OSError: It could not be written; so for all methods.
+    """
+
+    def __init__(self, path: Path, kinds: Mapping[str, Kind], tick: Tick = nothing) -> None:
+        self._tick = tick
+        self._digest = hashlib.sha256()
+        self._unflushed = 0
+        self._file = open(path, "xb", buffering=0)  # noqa: SIM115 - closed by close()
+        header, end = {}, 0
+        for name, kind in kinds.items():
+            begin, end = end, end + kind.nbytes
+            header[name] = {
+                "dtype": kind.code,
+                "shape": list(kind.shape),
+                "data_offsets": [begin, end],
+            }
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        try:
+            self._write(memoryview(len(text).to_bytes(8, "little") + text))
+        except BaseException:
+            self._file.close()
+            raise
+
+    def write(self, tensor: torch.Tensor) -> None:
+        """The next one, wherever it is and whatever its strides."""
+        whole = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+        memory = memoryview(bytes_of(whole).numpy())  # type: ignore[arg-type]
+        for part in chunked(slice(0, len(memory)), PIECE_BYTES):
+            self._write(memory[part])
+            self._tick()
+
+    def _write(self, memory: memoryview) -> None:
+        self._digest.update(memory)
+        while memory:
+            written = self._file.write(memory)
+            memory = memory[written:]
+            self._unflushed += written
+        if self._unflushed >= FLUSH_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        os.fsync(self._file.fileno())
+        self._unflushed = 0
+
+    def finish(self) -> str:
+        """All have come: flush and close the file. Returns: Its SHA-256."""
+        with self._file:
+            self._flush()
+        return self._digest.hexdigest()
+
+    def close(self) -> None:
+        """Close the file, whole or not."""
+        self._file.close()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], tick: Tick = nothing) -> str:
+    """Write tensors under their names, and flush them.
+
+    Args:
+        path: The file; there is none yet.
+        tensors: By name.
+        tick: Called after each piece.
+
+    Returns:
+        The file's SHA-256.
 
     Raises:
         OSError: It could not be written.
     """
-    _write({str(number): tensor for number, tensor in tensors.items()}, path)
-    return checksum(path)
+    kinds = {name: kind_of(tensor) for name, tensor in tensors.items()}
+    names = in_file_order(kinds)
+    with contextlib.closing(TensorWriter(path, {n: kinds[n] for n in names}, tick)) as writer:
+        for name in names:
+            writer.write(tensors[name])
+        return writer.finish()
 
 
-def write_model(state: Mapping[str, torch.Tensor], path: Path) -> None:
+def check_model(state: Mapping[str, torch.Tensor]) -> None:
+    """Whether ``write_model`` could write it.
+
+    Raises:
+        CheckpointError: Names a tensor that it could not.
+    """
+    for name, tensor in state.items():
+        if plain_name(name) == METADATA:
+            raise CheckpointError(
+                f"a tensor of the model is named {METADATA!r}, which means something else in "
+                "safetensors files: give that parameter or buffer another name",
+                on_every_rank=True,
+            )
+        try:
+            check_storable(tensor, f"{name!r} of the model")
+        except ValueError as error:
+            raise CheckpointError(str(error), on_every_rank=True) from None
+
+
+def write_model(state: Mapping[str, torch.Tensor], path: Path, tick: Tick = nothing) -> None:
     """Write a model's ``state_dict()`` for others to use; the file is whole at any moment.
 
+    Names are those of the model before torch.compile: without ``_orig_mod.``.
+
+    Args:
+        state: Tensors by name.
+        path: The file; one that is there is replaced.
+        tick: Called after each piece.
+
     Raises:
         OSError: It could not be written.
+        CheckpointError: It has a tensor that cannot be written.
     """
+    check_model(state)
     part = path.with_name(f".{path.name}")
+    part.unlink(missing_ok=True)
     try:
-        _write(state, part)
+        plain = {plain_name(name): tensor for name, tensor in state.items()}
+        write_tensors(part, plain if len(plain) == len(state) else state, tick)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
 
-def _write(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+class Stored(NamedTuple):
+    """A tensor in a file.
 
-    try:
-        # safetensors wants memory that is contiguous, and that no other tensor shares
-        seen: set[int] = set()
-        own = {name: _alone(tensor, seen) for name, tensor in tensors.items()}
-        save_file(own, path)
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    except SafetensorError as error:
-        raise OSError(None, str(error)) from None
+    Attributes:
+        file: The file.
+        begin: Where its memory begins there, in bytes.
+        kind: Its dtype and shape.
+    """
+
+    file: Path
+    begin: int
+    kind: Kind
+
+    def read(self, piece: Buffer, start: int) -> None:
+        """Fill ``piece``, bytes on the host, with what is at ``start`` of its memory.
+
+        Raises:
+            OSError: It cannot be read.
+            CheckpointError: The file ends before.
+        """
+        memory = memoryview(piece.numpy())  # type: ignore[arg-type]
+        with open(self.file, "rb", buffering=0) as file:
+            file.seek(self.begin + start)
+            while memory:
+                nbytes = file.readinto(memory)
+                if not nbytes:
+                    raise CheckpointError(f"{self.file} is truncated")
+                memory = memory[nbytes:]
 
 
-def _alone(tensor: torch.Tensor, seen: set[int]) -> torch.Tensor:
-    tensor = tensor.detach().cpu()
-    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-    if whole and tensor.data_ptr() not in seen:
-        seen.add(tensor.data_ptr())
-        return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)
-
-
-def read_tensors(path: Path, index: Index) -> list[torch.Tensor]:
-    """All tensors, by number, in memory of their own and in the strides that they had.
-
-    Fused optimizers go through a parameter and its state as flat memory: strides must agree.
-
-    Args:
-        path: Of the checkpoint.
-        index: What is in it.
+def stored_tensors(path: Path) -> dict[str, Stored]:
+    """What is in a file, by name.
 
     Raises:
-        CheckpointError: A file is missing or broken, or lacks a tensor.
+        OSError: It cannot be read.
+        CheckpointError: It is no safetensors file.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
-        loaded = [load_file(path / name) for name, _ in index.files]
-        found = []
-        for number, (file, strides) in enumerate(zip(index.tensors, index.strides, strict=True)):
-            stored = loaded[file].pop(str(number))
-            own = torch.empty_strided(stored.shape, strides, dtype=stored.dtype, device="cpu")
-            found.append(own.copy_(stored))
-        return found
-    except (OSError, SafetensorError, LookupError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is broken: {error}") from None
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > MOST_HEADER_BYTES:
+                raise ValueError("a header of such a length")
+            header = json.loads(file.read(length))
+            end = os.fstat(file.fileno()).st_size
+        header.pop(METADATA, None)
+        return {name: _stored(path, 8 + length, end, **entry) for name, entry in header.items()}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise CheckpointError(f"{path} is broken: it is no safetensors file") from None
+
+
+def _stored(
+    path: Path, after_header: int, end: int, dtype: str, shape: list[int], data_offsets: list[int]
+) -> Stored:
+    kind = Kind(dtype, shape)
+    first, last = (after_header + offset for offset in data_offsets)
+    if min([first, *shape]) < 0 or last - first != kind.nbytes or last > end:
+        raise ValueError("a tensor that is not there")
+    return Stored(path, first, kind)

@@ -12,13 +12,20 @@ from mpiddl.comm.launchers import read_launch
 from mpiddl.settings import ALGORITHM_NAMES
 from mpiddl.units import parse_bytes
 
-__all__ = ["known_algorithm", "positive", "size", "writable"]
+__all__ = ["known_algorithm", "not_both", "positive", "size", "writable"]
 
 
 def known_algorithm(name: str | None) -> str | None:
     if name is not None and name not in ALGORITHM_NAMES:
         raise typer.BadParameter(f"{name!r} is none of {', '.join(ALGORITHM_NAMES)}")
     return name
+
+
+def not_both(context: typer.Context, value: bool) -> bool:
+    """Of --resume and --overwrite; which one is seen first depends on what was typed first."""
+    if value and (context.params.get("resume") or context.params.get("overwrite")):
+        raise typer.BadParameter("--resume goes on with what --overwrite removes: choose one")
+    return value
 
 
 def positive(value: float) -> float:

@@ -38,7 +38,20 @@ class Flags:
     ] = 0
     out: Annotated[Path, typer.Option(callback=checks.writable, help="Folder for results.")]
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint in --out, if any.")
+        bool,
+        typer.Option(
+            "--resume",
+            callback=checks.not_both,
+            help="Go on from the last checkpoint in --out, if any.",
+        ),
+    ] = False
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            callback=checks.not_both,
+            help="Begin anew: remove the checkpoints in --out.",
+        ),
     ] = False
     checkpoint_every: Annotated[
         int, typer.Option(min=0, help="Steps between checkpoints; 0: after each epoch.")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["COUNTS", "Records", "Row", "epoch_line", "values_in_words"]
+__all__ = ["COUNTS", "Records", "Row", "epoch_line", "not_finite", "values_in_words"]
 
 Row = dict[str, float]
 
@@ -21,6 +22,11 @@ def values_in_words(row: Row) -> list[str]:
     """What was measured, for people."""
     measured = [(name, value) for name, value in row.items() if name not in COUNTS]
     return [f"{name.replace('_', ' ')} {value:.4f}" for name, value in measured]
+
+
+def not_finite(row: Row) -> list[str]:
+    """Names of what is NaN or infinite."""
+    return [name for name, value in row.items() if not math.isfinite(value)]
 
 
 def epoch_line(row: Row, epochs: int) -> str:
@@ -55,12 +61,14 @@ class Records:
 
     def write(self, history: Sequence[Row]) -> None:
         """One JSON object a line and epoch, all of them: a job that goes on has no epoch twice.
+        What is NaN or infinite is null: JSON has no numbers for it.
 
         Raises:
             OSError: It cannot be written.
         """
         part = self._out / ".metrics.jsonl"
-        part.write_text("".join(json.dumps(row) + "\n" for row in history))
+        rows = [{**row, **dict.fromkeys(not_finite(row))} for row in history]
+        part.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
         part.replace(self._out / "metrics.jsonl")
         if self._board is not None and history:
             for name, value in history[-1].items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,17 @@ import torch
 
 from mpiddl import checkpoint
 from mpiddl.checkpoint.folders import checkpoints, remove
-from mpiddl.checkpoint.tensors import write_model
+from mpiddl.checkpoint.tensors import check_model, write_model
 from mpiddl.comm.world import World
 from mpiddl.data.batches import ShardBatchSampler
 from mpiddl.errors import CheckpointError, OutputError
 from mpiddl.job.flags import Flags
 from mpiddl.job.preemption import is_any_rank_asked
-from mpiddl.job.records import Records, Row, epoch_line, values_in_words
+from mpiddl.job.records import Records, Row, epoch_line, not_finite, values_in_words
 from mpiddl.job.sums import Sums
-from mpiddl.overlap.calls import barrier, broadcast_json
+from mpiddl.log import logger
+from mpiddl.overlap.calls import barrier
+from mpiddl.overlap.together import Tick, work_together
 from mpiddl.sbatch.writing import TRY_AGAIN
 from mpiddl.training import replicas
 
@@ -26,6 +29,9 @@ __all__ = ["Run"]
 
 FINISHED = "finished"
 """A file that says that the checkpoints beside it are of a run that came to its end."""
+
+FAILED = 1
+"""Exit status of a run that came to its end with nothing that is worth having."""
 
 
 class Run:
@@ -71,6 +77,8 @@ class Run:
         self.steps = 0
         self._epoch, self._of_loop = 1, 0
         self._sums = Sums(world, model)
+        if model is not None:
+            check_model(model.state_dict())  # now, and not when it is trained
         if flags.resume:
             self._go_on()
         else:
@@ -82,27 +90,26 @@ class Run:
 
     def _begin(self) -> None:
         """Without checkpoints of an earlier run, which ``--resume`` would take for this one's."""
-        problem = None
-        if self._world.rank == 0:
-            try:
-                problem = self._clear()
-            except OSError as error:
-                problem = f"{self._folder}: {error.strerror}"
-        problem = broadcast_json(problem, world=self._world)
-        if problem is not None:
-            raise CheckpointError(problem, on_every_rank=True)
+        work_together(self._clear, self._world, CheckpointError)
 
-    def _clear(self) -> str | None:
+    def _clear(self, tick: Tick) -> None:
+        if self._world.rank != 0:
+            return
+        finished = self._flags.out / FINISHED
         found = checkpoints(self._folder)
-        if found and not (self._flags.out / FINISHED).exists():
-            return (
-                f"{self._folder} has checkpoints of a run that is not finished: go on with it by "
-                "--resume, choose another --out, or remove that folder"
+        if found and not self._flags.overwrite:
+            which = "a run" if finished.exists() else "a run that is not finished"
+            raise CheckpointError(
+                f"{self._folder} has checkpoints of {which}: go on with it by --resume, choose "
+                "another --out, or begin anew by --overwrite, which removes them"
             )
-        for path in found:
-            remove(path)
-        (self._flags.out / FINISHED).unlink(missing_ok=True)
-        return None
+        try:
+            for path in found:
+                remove(path)
+                tick()
+            finished.unlink(missing_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"{self._folder}: {error.strerror}") from None
 
     def _go_on(self) -> None:
         batches = {} if self._batches is None else {"batches": self._batches}
@@ -168,7 +175,9 @@ class Run:
         self.history.append(row)
         if self._world.rank == 0:
             print(epoch_line(row, self._flags.epochs), flush=True)
-        self._on_rank_0(lambda records: records.write(self.history))
+            for name in not_finite(row):
+                logger.warning("%s of epoch %d is %s, null in files", name, self._epoch, row[name])
+        self._on_rank_0(lambda records, _: records.write(self.history))
         self._epoch += 1
         if self._batches is not None:
             self._batches.set_epoch(self._epoch)
@@ -211,16 +220,27 @@ class Run:
 
         Returns:
             What was measured in the last epoch.
+
+        Raises:
+            SystemExit: With status 1, on every rank, once all is written: what was measured in some
+                epoch is NaN or infinite.
         """
         if self._model is not None:
             replicas.check(self._model)
-        self._on_rank_0(lambda records: self._write_results(records, title))
+        self._on_rank_0(lambda records, tick: self._write_results(records, title, tick))
+        failed = {name: int(row["epoch"]) for row in self.history[::-1] for name in not_finite(row)}
+        if failed:
+            if self._world.rank == 0:
+                since = ", ".join(f"{name} since epoch {epoch}" for name, epoch in failed.items())
+                print(f"error: NaN or infinite: {since}", file=sys.stderr, flush=True)
+            barrier(world=self._world)
+            raise SystemExit(FAILED)  # all ranks leave: there is no job to end
         return self.history[-1]
 
-    def _write_results(self, records: Records, title: str) -> None:
+    def _write_results(self, records: Records, title: str, tick: Tick) -> None:
         out, written = self._flags.out, ["metrics.jsonl"]
         if self._model is not None:
-            write_model(self._model.state_dict(), out / "model.safetensors")
+            write_model(self._model.state_dict(), out / "model.safetensors", tick)
             written.append("model.safetensors")
         curves = records.draw(self.history, title or out.name)
         written += [curves.name] if curves is not None else []
@@ -230,13 +250,12 @@ class Run:
         print(", ".join(last))
         print(f"wrote {out}/: {', '.join(written)}", flush=True)
 
-    def _on_rank_0(self, write: Callable[[Records], object]) -> None:
-        problem = None
-        if self._records is not None:
-            try:
-                write(self._records)
-            except OSError as error:
-                problem = f"{self._flags.out} cannot be written to: {error.strerror or error}"
-        problem = broadcast_json(problem, world=self._world)
-        if problem is not None:
-            raise OutputError(problem)
+    def _on_rank_0(self, write: Callable[[Records, Tick], object]) -> None:
+        def work(tick: Tick) -> None:
+            if self._records is not None:
+                write(self._records, tick)
+
+        try:
+            work_together(work, self._world, CheckpointError)
+        except CheckpointError as error:
+            raise OutputError(f"{self._flags.out} cannot be written to: {error}") from error
