@@ -13,8 +13,10 @@ import threading
 from contextlib import contextmanager
 
 import numpy
+import psutil
 import pytest
 
+import mpiddl
 from mpiddl.comm import world as worlds
 from mpiddl.comm.world import World
 from mpiddl.data import file_broadcast as files
@@ -73,13 +75,15 @@ def test_every_node_has_the_file(nodes, agree, disk, nbytes, root):
     path = disk / "data.bin"
     if nodes.rank == root:
         path.write_bytes(content(nbytes))
-        path.chmod(0o640)
+        path.chmod(0o6640)  # setuid and setgid stay behind
     agree(True)
 
     found = broadcast_file(path, root=root, world=nodes)
 
     agree(found == path and found.read_bytes() == content(nbytes), found)
-    agree(path.stat().st_mode & 0o777 == 0o640, oct(path.stat().st_mode))
+    has_the_source = root in nodes.layout.nodes[nodes.node_rank]
+    rights = 0o6640 if has_the_source else 0o640
+    agree(path.stat().st_mode & 0o7777 == rights, oct(path.stat().st_mode))
     agree(everything_in(disk) == ["data.bin"], everything_in(disk))
 
 
@@ -113,6 +117,33 @@ def test_what_is_there_is_left_alone(nodes, agree, disk, shared_tmp_path):
     agree(target.stat() == after or target.stat().st_ino == after.st_ino, "written again")
     broadcast_file(source, world=nodes)
     agree(everything_in(disk) == ["copy.bin"], everything_in(disk))
+
+
+def test_a_folder_that_nodes_share_is_written_to_once(nodes, agree, shared_tmp_path):
+    """Every second node has a disk of its own, the others one in common."""
+    common = nodes.node_rank % 2 == 0
+    source = shared_tmp_path / "source.bin"
+    folder = shared_tmp_path / ("common" if common else f"disk{nodes.node_rank}")
+    target = folder / "copy.bin"
+    copies = 1 + nodes.num_nodes // 2
+    nbytes = 300 * PIECE
+    if nodes.rank == 0:
+        source.write_bytes(content(nbytes))
+    agree(True)
+
+    before = psutil.Process().io_counters()
+    broadcast_file(source, nodes, to=target)
+    written = psutil.Process().io_counters().write_chars - before.write_chars
+
+    written = sum(mpiddl.gather_json(written, world=nodes))
+    agree(copies * nbytes <= written < (copies + 0.5) * nbytes, f"{written} bytes, {copies} copies")
+    agree(target.read_bytes() == content(nbytes))
+    agree(everything_in(folder) == ["copy.bin"], everything_in(folder))
+
+    before = psutil.Process().io_counters()
+    broadcast_file(source, nodes)
+    read = psutil.Process().io_counters().read_chars - before.read_chars
+    agree(read < nbytes, f"the file that all nodes see was read: {read} bytes")
 
 
 def error_of(function, *arguments, **options):
@@ -205,11 +236,13 @@ def test_a_file_that_changes_meanwhile(agree, tmp_path):
 
 
 def test_a_copy_that_arrives_damaged(agree, tmp_path):
-    with files._Part(tmp_path / "copy", 8, 0o600) as part:
+    with files._Part(tmp_path / "copy", 0o600) as part:
+        part.claim(8)
         part.write(numpy.arange(8, dtype=numpy.uint8))
         said = part.finish(0)
         agree("copy arrived damaged (8 of 8 bytes, checksum" in said, said)
-    with files._Part(tmp_path / "copy", 8, 0o600) as part:
+    with files._Part(tmp_path / "copy", 0o600) as part:
+        part.claim(8)
         part.write(numpy.arange(4, dtype=numpy.uint8))
         said = part.finish(part._checksum)
         agree("(4 of 8 bytes" in said, said)

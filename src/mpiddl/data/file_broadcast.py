@@ -34,9 +34,11 @@ def broadcast_file(
 ) -> Path:
     """Copy rank ``root``'s file to the disks of the nodes that do not have it. Collective.
 
-    One rank of each node writes. A node where a file of the same length and checksum is there
-    already, on a shared file system for example, is left out. The copy gets its name when it is
-    complete and on the disk; until then it is ``<name>.part-<random>`` beside it.
+    One rank of each node writes; where nodes see the same folder, one rank of all of them. A node
+    where a file of the same length and checksum is there already is left out. The copy gets its
+    name when it is complete and on the disk; until then it is ``<name>.part-<random>`` beside it.
+    It may be read, written and executed by whom the file may, and has no other rights
+    (no setuid).
 
     Args:
         path: The file that rank ``root`` reads.
@@ -72,6 +74,10 @@ def broadcast_file(
     return target
 
 
+_RIGHTS = 0o777
+"""Of user, group and others. A copy has its writer as owner, so setuid would mean another user."""
+
+
 class _Source:
     """The file that is read."""
 
@@ -80,7 +86,8 @@ class _Source:
         self._handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # would wait for a pipe's writer
         self._state = os.fstat(self._handle)
         self.nbytes = self._state.st_size
-        self.mode = stat.S_IMODE(self._state.st_mode)
+        self.mode = stat.S_IMODE(self._state.st_mode) & _RIGHTS
+        self.identity = _identity(self._state)
         self.checksum = 0  # of what was read in order
         if not stat.S_ISREG(self._state.st_mode):
             os.close(self._handle)
@@ -105,9 +112,6 @@ class _Source:
             return None
         return f"{self.path} was changed while it was read; copy a file that nobody writes to"
 
-    def is_at(self, path: Path) -> bool:
-        return path.exists() and os.path.samestat(self._state, path.stat())
-
     def __enter__(self) -> _Source:
         return self
 
@@ -118,20 +122,29 @@ class _Source:
 class _Part:
     """A copy that is being written, and gone at the end of the ``with`` unless it was published."""
 
-    def __init__(self, target: Path, nbytes: int, mode: int) -> None:
+    def __init__(self, target: Path, mode: int) -> None:
         with contextlib.suppress(FileExistsError):
             target.parent.mkdir(parents=True)
         handle, name = tempfile.mkstemp(prefix=f"{target.name}.part-", dir=target.parent)
         self._handle, self._path, self._target = handle, Path(name), target
-        self._nbytes = nbytes
+        self._nbytes = 0
         self._checksum = 0
         try:
             os.fchmod(handle, mode)
-            if nbytes:
-                os.posix_fallocate(handle, 0, nbytes)
+            self.owner = os.fstat(handle).st_uid
         except OSError:
             self.__exit__()
             raise
+
+    @property
+    def name(self) -> str:
+        return self._path.name
+
+    def claim(self, nbytes: int) -> None:
+        """Make sure of the space."""
+        self._nbytes = nbytes
+        if nbytes:
+            os.posix_fallocate(self._handle, 0, nbytes)
 
     def write(self, piece: Piece) -> None:
         self._checksum = zlib.crc32(piece.data, self._checksum)
@@ -171,26 +184,71 @@ def _needing(
     file: _Source | None, target: Path, writers: list[int], root: int, world: World
 ) -> list[int]:
     """The writers whose node does not have the file. Collective."""
-    nbytes = gather_json(file.nbytes if file else None, world=world)[root]
-    alike, needs, problem = False, False, None
+    here, problem = None, None
     try:
-        if world.rank in writers and not (file and file.is_at(target)):
-            alike = target.is_file() and target.stat().st_size == nbytes
-            needs = not alike
+        if world.rank in writers and target.is_file():
+            here = _identity(target.stat())
     except OSError as error:
         problem = f"cannot look at {target} ({reason_of(error)})"
     raise_together(problem, world)
-    if any(gather_json(alike, world=world)):
+    facts = gather_json([file.identity if file else None, here], world=world)
+    source, there = facts[root][0], [identity for _, identity in facts]
+    # Nodes that see one and the same file read it once; where it is the source, not at all.
+    alike = [found for found in there if found and found != source and found[0] == source[0]]
+    checksums: list[int | None] = [None] * world.size
+    wanted = None
+    if alike:
         found, checksum = None, None
         try:
-            found = _checksum(target, world) if alike else None
+            if here in alike and there.index(here) == world.rank:
+                found = _checksum(target, world)
             checksum = _checksum(file.path, world) if file else None
         except OSError as error:
             problem = f"cannot compare {target} with other nodes' ({reason_of(error)})"
         raise_together(problem, world)
+        checksums = gather_json(found, world=world)
         wanted = gather_json(checksum, world=world)[root]
-        needs = needs or (alike and found != wanted)
-    return [rank for rank, wants in enumerate(gather_json(needs, world=world)) if wants]
+    return [
+        rank
+        for rank in writers
+        if there[rank] != source
+        and not (there[rank] in alike and checksums[there.index(there[rank])] == wanted)
+    ]
+
+
+def _identity(state: os.stat_result) -> list[int]:
+    """What two nodes find alike in one file, and in no two files.
+
+    Not the device: each node has a number of its own for a network file system. But nobody can set
+    the time of change, so two disks do not agree in it by chance.
+    """
+    return [state.st_size, state.st_ino, state.st_mtime_ns, state.st_ctime_ns]
+
+
+def _sharing_once(part: _Part | None, target: Path, needing: list[int], world: World) -> list[int]:
+    """Of the ranks in ``needing``, the first of those that see one folder. Collective.
+
+    Each has begun a part with a random name. Who finds the part of another rank in its own folder
+    has that folder in common with it. (Device and inode of a folder would not do: both may be alike
+    on the disks of two nodes, and both may differ on a network file system.)
+    """
+    own = [target.name, part.name, part.owner] if part else None
+    parts = gather_json(own, world=world)
+    first = None
+    if own:
+        first = next(rank for rank in needing if rank == world.rank or _sees(target, *parts[rank]))
+    firsts = gather_json(first, world=world)
+    return [rank for rank in needing if firsts[rank] == rank]
+
+
+def _sees(target: Path, target_name: str, part_name: str, owner: int) -> bool:
+    """Whether another rank's part, of the same file, is in the folder of this rank's."""
+    try:
+        found = os.lstat(target.parent / part_name)
+    except OSError:
+        return False
+    # Another user may have put a file of that name there.
+    return target.name == target_name and found.st_uid == owner and stat.S_ISREG(found.st_mode)
 
 
 def _checksum(path: Path, world: World) -> int:
@@ -204,17 +262,26 @@ def _send(file: _Source | None, target: Path, needing: list[int], root: int, wor
     """Write the file on those ranks' nodes. Collective."""
     nbytes, mode = gather_json([file.nbytes, file.mode] if file else None, world=world)[root]
     with contextlib.ExitStack() as opened:
-        part, problem = None, None
+        begun, problem = None, None
+        full = f"cannot write {format_bytes(nbytes)} to {target}"
+        advice = "make room, or pass to=... in another folder"
         if world.rank in needing:
             try:
-                part = opened.enter_context(_Part(target, nbytes, mode))
+                begun = opened.enter_context(_Part(target, mode))
             except OSError as error:
-                problem = (
-                    f"cannot write {format_bytes(nbytes)} to {target} ({reason_of(error)}); make "
-                    "room, or pass to=... in another folder"
-                )
+                problem = f"{full} ({reason_of(error)}); {advice}"
         raise_together(problem, world)
-        with Relay({root, *needing}, root, world, nbytes, f"copying {target.name}") as relay:
+        writers = _sharing_once(begun, target, needing, world)
+        # Parts of the others are removed when the file is there: a client of NFS that changes a
+        # folder looks at it anew, and finds the file.
+        part = begun if world.rank in writers else None
+        try:
+            if part:
+                part.claim(nbytes)
+        except OSError as error:
+            problem = f"{full} ({reason_of(error)}); {advice}"
+        raise_together(problem, world)
+        with Relay({root, *writers}, root, world, nbytes, f"copying {target.name}") as relay:
             for piece in chunked(slice(0, nbytes), PIECE_BYTES):
                 relay.pass_on(
                     piece.stop - piece.start,
