@@ -11,6 +11,7 @@ def test_doctor_looks_at_all_nodes(run):
 
     assert "2 on 2 node(s)" in output, output
     assert "ready to train" in output
+    assert "export SLURM_PMIX_FENCE=ring before srun" in output
 
 
 def test_bandwidth_is_enough(run):
