@@ -102,41 +102,36 @@ def test_singletons_are_refused(slurm, program):
 
 
 FENCES = """
-import sys, time, mpiddl
+import time, mpiddl
 from mpi4py import MPI
 from mpiddl.comm import pmix
-calls, real = [], pmix.fence
-pmix.fence = lambda **options: calls.append(real(**options))
+calls, fence = [], pmix.fence
+pmix.fence = lambda: calls.append(fence())
 mpiddl.init()
 comm, word = MPI.COMM_WORLD, bytearray(1)
-if comm.rank == 1:
-    print("fences of init", calls)
-for collect in (True, False):
-    if comm.rank == 0:
-        real(collect=collect)
-        comm.Send(word, 1)
-    else:
-        request = comm.Irecv(word, 0)
-        stays_out_until = time.monotonic() + 0.5
-        while not (early := request.Test()) and time.monotonic() < stays_out_until:
-            time.sleep(0.01)
-        real(collect=collect)
-        request.Wait()
-        print("collects", collect, "waits", not early)
+if comm.rank == 0:
+    fence()
+    comm.Send(word, 1)
+else:
+    request = comm.Irecv(word, 0)
+    stays_out_until = time.monotonic() + 0.5
+    while not (early := request.Test()) and time.monotonic() < stays_out_until:
+        time.sleep(0.01)
+    fence()
+    request.Wait()
+    print("fences of init", calls, "waits", not early)
 """
 
 
 def test_init_waits_for_all_ranks_before_its_first_message(slurm, tmp_path):
-    """Open MPI leaves that to a fence without data, and this Slurm's does not wait."""
+    """Open MPI leaves that to a fence without data, and Slurm 22.05's does not wait."""
     program = tmp_path / "fences.py"
     program.write_text(FENCES)
     python = environment()["VENV"] + "/bin/python"
 
     output = call("srun", "--mpi=pmix", "--nodes=2", "--ntasks=2", python, program)
 
-    assert "fences of init [True]" in output
-    assert "collects True waits True" in output
-    assert "collects False waits False" in output
+    assert output.splitlines()[-1] == "fences of init [True] waits True"
 
 
 def test_every_script_fits_this_slurm(slurm):
