@@ -13,7 +13,8 @@ TOP = Path(__file__).parents[2]
 SCRIPTS = TOP / "jobs" / "slurm"
 DIGITS = TOP / "jobs" / "digits.py"
 POLL_SECONDS = 0.1
-PATIENCE_SECONDS = 90.0
+PATIENCE_SECONDS = 600.0
+"""More than ten times what the longest of these jobs takes on an idle machine."""
 OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"}
 OF_THE_CALLER = ("MPIDDL_", "OMP_NUM_THREADS", "PYTHONUNBUFFERED", "SBATCH_", "SRUN_")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from batch import call
+
 RANKS = ["--ntasks-per-node=1"]
 QUICK = ["--repeats", 2, "--warmup", 1]
 
@@ -11,6 +13,8 @@ def test_doctor_looks_at_all_nodes(run):
 
     assert "2 on 2 node(s)" in output, output
     assert "ready to train" in output
+    if " 22.05." in call("sinfo", "--version"):
+        assert "export SLURM_PMIX_FENCE=ring before srun" in output
 
 
 def test_bandwidth_is_enough(run):

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import psutil
 import pytest
 from batch import DIGITS, call
 
-EPOCHS = 8
+HELD = Path(__file__).with_name("held.py")
+EPOCHS = 3
 RANKS = ["--ntasks-per-node=1"]
-GONE_SECONDS = 10.0
+GONE_SECONDS = 60.0
 
 
-def digits(out, *flags):
-    return [DIGITS, "--epochs", EPOCHS, "--out", out, *flags]
+def flags(out, *more):
+    return ["--epochs", EPOCHS, "--out", out, *more]
 
 
 def learned(out):
@@ -24,24 +26,11 @@ def learned(out):
     return [(row["epoch"], row["step"], row["loss"], row["test_accuracy"]) for row in rows]
 
 
-@pytest.fixture(scope="module")
-def undisturbed():
-    """Filled by the first test that has a job of its own for it."""
-    return {}
-
-
-def test_training_on_two_nodes(run, tmp_path, undisturbed):
-    run("multi_node", RANKS, digits(tmp_path / "out"))
-
-    undisturbed["learned"] = learned(tmp_path / "out")
-    assert len(undisturbed["learned"]) == EPOCHS
-
-
-def preempted_by_hand(job):
+def preempt_by_hand(job):
     job.signal("USR1")
 
 
-def preempted_by_urgent_jobs(job):
+def preempt_by_urgent_jobs(job):
     """They need all cores. Slurm sends the --signal of the job in their way, and gives it time."""
     call(
         "sbatch",
@@ -53,27 +42,40 @@ def preempted_by_urgent_jobs(job):
     )
 
 
-@pytest.mark.parametrize("preempt", [preempted_by_hand, preempted_by_urgent_jobs])
-def test_a_preempted_job_goes_on_where_it_was(submit, tmp_path, undisturbed, preempt):
+def test_a_preempted_job_goes_on_where_it_was(run, submit, tmp_path):
+    run("multi_node", RANKS, [DIGITS, *flags(tmp_path / "undisturbed")])
+
     out = tmp_path / "out"
-    job = submit("preemptible", RANKS, digits(out))
-    job.until_it_says("epoch   1/")
-    preempt(job)
+    job = submit("preemptible", RANKS, [HELD, 2, *flags(out)])
+    for epoch, preempt in enumerate([preempt_by_hand, preempt_by_urgent_jobs], start=1):
+        job.until_it_says(f"epoch   {epoch}/")
+        preempt(job)
+        job.until(lambda times=epoch: len(steps_saved(job)) == times, "saved")
     assert job.until_over() == "COMPLETED", job.output
 
-    saved = re.search(r"SIGUSR1: saved after step (\d+)", job.output)
-    assert saved, job.output
-    assert f"goes on after step {saved.group(1)}, " in job.output
-    assert job.restarts == 1
+    assert job.restarts == 2
+    for step in steps_saved(job):
+        assert f"goes on after step {step}, " in job.output
     assert job.output.count("epoch   1/") == 1
     # No sample was left out, and none was seen twice.
-    assert learned(out) == undisturbed["learned"], job.output
+    assert len(learned(out)) == EPOCHS
+    assert learned(out) == learned(tmp_path / "undisturbed"), job.output
+
+
+def steps_saved(job):
+    return re.findall(r"SIGUSR1: saved after step (\d+)", job.output)
 
 
 def test_a_signal_before_the_program_is_ready(submit, tmp_path):
     """It kills the ranks. The job may be started again, but here only once."""
-    job = submit("preemptible", RANKS, digits(tmp_path / "out"), env={"MOST_RESTARTS": "0"})
-    job.until(lambda: ranks_of(tmp_path), "ranks")
+    program = tmp_path / "not ready.py"
+    program.write_text(
+        "import os, pathlib, time\n"
+        "pathlib.Path('started-' + os.environ['SLURM_PROCID']).touch()\n"
+        "while True: time.sleep(1)\n"
+    )
+    job = submit("preemptible", RANKS, [program], env={"MOST_RESTARTS": "0"})
+    job.until(lambda: len(list(tmp_path.glob("started-*"))) == 2, "ranks")
     job.signal("USR1")
 
     assert job.until_over() == "FAILED"
@@ -94,7 +96,7 @@ def test_a_rank_that_raises_fails_the_job(submit, program, script):
 
 def test_scancel_ends_all_ranks_and_leaves_a_checkpoint(submit, run, tmp_path):
     out = tmp_path / "out"
-    job = submit("multi_node", RANKS, digits(out, "--checkpoint-every", 5))
+    job = submit("multi_node", RANKS, [HELD, 1, *flags(out, "--checkpoint-every", 5)])
     job.until_it_says("epoch   1/")
     assert len(ranks_of(tmp_path)) >= 2
     job.cancel()
@@ -103,7 +105,7 @@ def test_scancel_ends_all_ranks_and_leaves_a_checkpoint(submit, run, tmp_path):
     _, alive = psutil.wait_procs(ranks_of(tmp_path), GONE_SECONDS)
     assert not alive
     assert "Killed" not in job.output  # SIGTERM was enough
-    again = run("multi_node", RANKS, digits(out, "--resume"))
+    again = run("multi_node", RANKS, [DIGITS, *flags(out, "--resume")])
     assert "goes on after step" in again
     assert f"epoch   {EPOCHS}/{EPOCHS}" in again
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mpiddl.comm.launchers import Launch, read_launch, refuse_singleton
+from mpiddl.comm.launchers import Launch, has_slurms_pmix, read_launch, refuse_singleton
 from mpiddl.comm.layout import cores_per_rank
 from mpiddl.comm.library import EAGER_BYTES, library_name, set_defaults
 from mpiddl.errors import SingletonError
@@ -62,6 +62,14 @@ STEP = {
 )
 def test_each_launcher(environ, want):
     assert read_launch(environ) == Launch(*want)
+
+
+@pytest.mark.parametrize(
+    ("namespace", "want"), [("slurm.pmix.7.0", True), ("prterun-host-123@1", False), (None, False)]
+)
+def test_srun_with_pmix_is_told_from_mpirun_in_its_job(namespace, want):
+    environ = {**STEP, "PMIX_NAMESPACE": namespace} if namespace else STEP
+    assert has_slurms_pmix(environ) == want
 
 
 @pytest.mark.parametrize(
