@@ -54,6 +54,9 @@ class Joinable(Protocol):
     def holds_unreduced(self) -> bool:
         """Whether ``no_sync`` has left gradients here that no backward has reduced since."""
 
+    def begin_together(self) -> None:
+        """Outside ``join()``, on every rank: agree on what must not change inside."""
+
     def shadow_begin(self, weight: float) -> None:
         """Take part in every bucket with what is in it already; must not block."""
 

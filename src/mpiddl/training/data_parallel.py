@@ -21,6 +21,7 @@ from mpiddl.training.reducer import Reducer
 from mpiddl.training.shares import check_share
 from mpiddl.training.state import broadcast_state
 from mpiddl.training.stats import Stats
+from mpiddl.training.wrapping import NotWrapped
 
 __all__ = ["DataParallel"]
 
@@ -78,6 +79,8 @@ class DataParallel(torch.nn.Module):
     Source:
         Li et al., "PyTorch Distributed", PVLDB 13(12), 2020.
     """
+
+    _not_wrapped: NotWrapped | None = None
 
     def __init__(
         self,
@@ -142,7 +145,9 @@ class DataParallel(torch.nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         trains = self.training and torch.is_grad_enabled()
-        if trains:
+        if self._reducer is None and torch.is_grad_enabled():
+            self._copy_begins()
+        if trains and self._reducer is not None:
             self._forward_begins()
         owes = self._reducer is not None and self._reducer.deferral is not None
         if owes and (not trains or torch.compiler.is_compiling()):
@@ -155,6 +160,16 @@ class DataParallel(torch.nn.Module):
         if trains:
             self._reducer.accounts.forward_ended(output, began)
         return output
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _copy_begins(self) -> None:
+        """Wrap a copy that is trained. One that is frozen, or evaluated, sends nothing."""
+        if all(not parameter.requires_grad for parameter in self.module.parameters()):
+            return
+        if self.training:
+            self._wrap()
+        elif self._not_wrapped is None:
+            self._not_wrapped = NotWrapped(self.module)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _forward_begins(self) -> None:
@@ -287,7 +302,7 @@ class DataParallel(torch.nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         self.synchronize()
-        return {**self.__dict__, "_world": None, "_reducer": None}
+        return {**self.__dict__, "_world": None, "_reducer": None, "_not_wrapped": None}
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -63,6 +63,8 @@ def join(
     """
     announcements = Announcements(_world_of(models), _checked(models), divide_by_world_size)
     world = announcements.world
+    for model in announcements.models:
+        model.begin_together()
     current[world] = announcements
     try:
         yield

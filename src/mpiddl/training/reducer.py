@@ -37,6 +37,7 @@ from mpiddl.training.wrapping import (
     describe_plan,
     detach,
     trained_parameters,
+    watched_parameters,
 )
 
 __all__ = ["Reducer"]
@@ -84,6 +85,7 @@ class Reducer:
         self.names: list[str] = []
         self.parameters: list[torch.nn.Parameter] = []
         self.sparse = SparseGradients([], [])
+        self._hooked: list[tuple[str, torch.nn.Parameter]] = []  # trained, then frozen ones
         self._module = module
         self._weight = 1 / world.size  # of this rank in the sum of the backward that runs
         self._takes_part = True  # in the backward that runs
@@ -98,6 +100,7 @@ class Reducer:
         )
         self._looks = options.nan_check != "off" or options.static_graph
         self.plans = Plans(options, world, self._control)
+        self._compared = False  # the model, in a forward since the last backward
         self._backward: int | None = None  # autograd's number for the one that runs
         self._next: tuple[BucketPlan, Choice] | None = None  # for the next backward
         self.replan()
@@ -106,14 +109,14 @@ class Reducer:
 
     def replan(self) -> None:
         """Plan for the parameters that are trained now. Collective."""
-        self._roster = Roster(self._module)
         named = trained_parameters(self._module, self)
-        detach(self.trained)
+        self._roster = Roster(self._module)
+        detach(self, [parameter for _, parameter in self._hooked])
         others = sparse_weights(self._module)
         dense = [(name, parameter) for name, parameter in named if id(parameter) not in others]
         self.names = [name for name, _ in dense]
         self.parameters = [parameter for _, parameter in dense]
-        self._num_dense = len(dense)
+        self._num_dense, self._num_trained = len(dense), len(named)
         sparse = [(name, parameter) for name, parameter in named if id(parameter) in others]
         self.sparse = SparseGradients([n for n, _ in sparse], [p for _, p in sparse])
         specs = [spec_of(name, parameter) for name, parameter in dense]
@@ -125,7 +128,9 @@ class Reducer:
         self.unused = Unused(self.parameters, self.names, self._options.static_graph)
         self.plan_ahead(plan, choice)
         self._lay_out()
-        attach(self, [*self.names, *self.sparse.names], self.trained)
+        self._hooked = [*dense, *sparse, *watched_parameters(self._module, self)]
+        names, parameters = zip(*self._hooked, strict=True)
+        attach(self, names, parameters, len(named))
 
     @property
     def trained(self) -> list[torch.nn.Parameter]:
@@ -162,10 +167,29 @@ class Reducer:
         """A forward that is trained; collective if parameters were frozen or unfrozen before it."""
         if self.deferral is not None:
             self.deferral.forward_begins()
-        if self._roster.changed():
-            if self.deferral is not None:
-                self.deferral.synchronize()
-            self.replan()
+        self.keep_up(self._roster.changed())
+        self._compared = True
+
+    def begin_together(self) -> None:
+        """Before ``join()``: ranks begin with the same plan. Collective."""
+        self.keep_up(self._roster.changed())
+
+    def keep_up(self, changed: bool) -> None:
+        """Plan anew if parameters were frozen or unfrozen; collective then.
+
+        Raises:
+            GradientError: Inside ``join()``, where ranks that have left cannot follow.
+        """
+        if not changed:
+            return
+        if announcements_of(self.world) is not None:
+            raise GradientError(
+                "parameters were frozen or unfrozen inside mpiddl.join(), where ranks that have "
+                "left the block could not follow. Do that outside of the block, on every rank"
+            )
+        if self.deferral is not None:
+            self.deferral.synchronize()
+        self.replan()
 
     def gradient_ready(self, member: int, parameter: torch.nn.Parameter) -> None:
         """Called by the hook of parameter ``member`` when autograd has finished its gradient."""
@@ -173,25 +197,55 @@ class Reducer:
             self._unreduced = True
             return
         gradient = parameter.grad
-        assert gradient is not None
+        if gradient is None:
+            raise GradientError(
+                f"the gradient of {self._hooked[member][0]!r} was set to None during backward, by "
+                "a hook that ran before it could be reduced: gradients belong to the exchange "
+                "until backward is over. An optimizer steps after backward (OverlappedOptimizer "
+                "steps each parameter as soon as it can)"
+            )
         if type(gradient) is InFlight:
             raise two_backwards()
-        dense = member < self._num_dense
-        if gradient.is_sparse is dense or self._looks:
-            self._look_at(member, gradient)
         backward = _number_of_backward()
         if backward != self._backward:
-            with self.accounts.exposed():
-                self._weight = weight_of_backward(self, self.samples, self.total)
-                self._begin()
+            member = self._backward_begins(member)
             self._backward = backward
             # Autograd calls back once, after all gradients of this backward.
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+        dense = member < self._num_dense
+        if gradient.is_sparse is dense or self._looks or member >= self._num_trained:
+            self._look_at(member, gradient)
         if dense:
             self.scheduler.ready(member, self._start)
 
+    def _backward_begins(self, member: int) -> int:
+        """Parameter ``member`` has the first gradient; gives its place from now on.
+
+        The forward may have gone past the wrapper: through another method of the model, or the
+        model inside; in eval mode it changes nothing, since one rank alone may evaluate.
+        """
+        plan, parameter = self.plan, self._hooked[member][1]
+        with self.accounts.exposed():
+            self._keep_up_in_backward()
+            self._weight = weight_of_backward(self, self.samples, self.total)
+            self._begin()
+        if self.plan is plan:
+            return member
+        return next(at for at, (_, hooked) in enumerate(self._hooked) if hooked is parameter)
+
+    def _keep_up_in_backward(self) -> None:
+        # After a forward through the wrapper only this can have changed: the whole comparison
+        # takes five times as long.
+        self.keep_up(self._roster.retrained() if self._compared else self._roster.changed())
+        self._compared = False
+
     def _look_at(self, member: int, gradient: torch.Tensor) -> None:
         """Raise GradientError for one that must not be reduced."""
+        if member >= self._num_trained:
+            raise GradientError(
+                f"parameter {self._hooked[member][0]!r} was unfrozen in the middle of a backward: "
+                "its gradient would stay on this rank. Unfreeze parameters before backward"
+            )
         dense = member < self._num_dense
         if dense and gradient.is_sparse:
             raise GradientError(
@@ -202,7 +256,7 @@ class Reducer:
         if not dense:
             self.sparse.refuse(member - self._num_dense)
         if self._options.nan_check != "off":
-            name = [*self.names, *self.sparse.names][member]
+            name = self._hooked[member][0]
             check_finite(self._options.nan_check, name, gradient, self.world)
         if dense:
             self.unused.refuse(member)
@@ -232,6 +286,9 @@ class Reducer:
 
     def contribute_nothing(self) -> None:
         """This rank has no sample: take part in a backward of the others all the same."""
+        if self._roster.rests:
+            return  # no rank has a gradient
+        self._keep_up_in_backward()
         self.shadow_begin(weight_of_backward(self, self.samples, self.total))
         self._finish()
 
@@ -300,8 +357,8 @@ class Reducer:
         if every and self.accounts.stats.backwards % every == 0:
             if self.deferral is not None:
                 self.deferral.synchronize()
-            named = dict(zip([*self.names, *self.sparse.names], self.trained, strict=True))
-            refuse_difference(named, self._control.gather_json)
+            # Frozen ones too: a gradient that went past the exchange shows there.
+            refuse_difference(dict(self._module.named_parameters()), self._control.gather_json)
 
     @property
     def holds_unreduced(self) -> bool:
@@ -315,6 +372,6 @@ class Reducer:
 
     def close(self) -> None:
         """The model is trained on this rank alone from now on. Collective."""
-        detach(self.trained)
+        detach(self, [parameter for _, parameter in self._hooked])
         self.reductions.close()
         self._control.close()

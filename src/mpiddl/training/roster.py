@@ -13,7 +13,7 @@ __all__ = ["Roster"]
 
 
 class Roster:
-    """The parameters of a model as they were, to compare with in every forward.
+    """The parameters of a model as they were, to compare with whenever it is trained.
 
     Works on the modules' own dictionaries: ``named_parameters()`` takes ten times as long.
 
@@ -40,7 +40,7 @@ class Roster:
         return (m for table in self._child_tables for m in table.values() if m is not None)
 
     def changed(self) -> bool:
-        """Whether parameters were frozen or unfrozen.
+        """As ``retrained``, and whether the model has these parameters still.
 
         Raises:
             GradientError: The model has other parameters, or has them elsewhere.
@@ -55,7 +55,21 @@ class Roster:
         )
         if not same:
             self._refuse()
-        return [p.requires_grad for p in now] != self._trained
+        return self.retrained()
+
+    def retrained(self) -> bool:
+        """Whether parameters were frozen or unfrozen, and some are trained now.
+
+        While all are frozen, as a discriminator is during its generator's step, no gradient can
+        come, and most often the same ones are trained again afterwards.
+        """
+        trained = [p.requires_grad for p in self._parameters]
+        return trained != self._trained and any(trained)
+
+    @property
+    def rests(self) -> bool:
+        """Whether all parameters are frozen at the moment."""
+        return not any(p.requires_grad for p in self._parameters)
 
     def _refuse(self) -> None:
         places = zip(self._dtypes, self._devices, strict=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Sequence
-from typing import Any, Protocol
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -18,7 +18,15 @@ from mpiddl.events import Kind, describe, record
 from mpiddl.overlap.control import Control
 from mpiddl.training.state import named_state
 
-__all__ = ["agree_on_plan", "attach", "describe_plan", "detach", "trained_parameters"]
+__all__ = [
+    "NotWrapped",
+    "agree_on_plan",
+    "attach",
+    "describe_plan",
+    "detach",
+    "trained_parameters",
+    "watched_parameters",
+]
 
 
 class _Wrapper(Protocol):
@@ -27,8 +35,22 @@ class _Wrapper(Protocol):
     def gradient_ready(self, member: int, parameter: torch.nn.Parameter) -> None: ...
 
 
-_hooks: dict[int, tuple[weakref.ReferenceType[Any], Any]] = {}
-"""By a parameter's identity: its wrapper and the hook. A living wrapper keeps its parameters."""
+class _Hooked(NamedTuple):
+    """Of a parameter. A living wrapper keeps its parameters.
+
+    Attributes:
+        wrapper: Who is told of its gradients.
+        handle: The hook.
+        reduces: Whether the wrapper reduces them, or only watches a frozen parameter.
+    """
+
+    wrapper: weakref.ReferenceType[Any]
+    handle: Any
+    reduces: bool
+
+
+_hooks: dict[int, _Hooked] = {}
+"""By a parameter's identity."""
 
 
 def trained_parameters(
@@ -62,8 +84,8 @@ def trained_parameters(
 
 
 def _check_parameter(name: str, parameter: torch.nn.Parameter, wrapper: _Wrapper) -> None:
-    other, _ = _hooks.get(id(parameter), (lambda: None, None))
-    if other() not in (None, wrapper):
+    hooked = _hooks.get(id(parameter))
+    if hooked is not None and hooked.reduces and hooked.wrapper() not in (None, wrapper):
         raise ValueError(
             f"parameter {name!r} is wrapped in DataParallel already and would be reduced twice; "
             "wrap a model once, or unwrap() the other wrapper first"
@@ -77,6 +99,21 @@ def _check_parameter(name: str, parameter: torch.nn.Parameter, wrapper: _Wrapper
             f"parameter {name!r} is {parameter.dtype}; valid are "
             + ", ".join(str(dtype) for dtype in FLOATS)
         )
+
+
+def watched_parameters(
+    module: torch.nn.Module, wrapper: _Wrapper
+) -> list[tuple[str, torch.nn.Parameter]]:
+    """Frozen parameters whose gradients ``wrapper`` must hear of, should they be unfrozen."""
+    return [
+        (name, parameter)
+        for name, parameter in module.named_parameters()
+        if not parameter.requires_grad
+        and (parameter.is_floating_point() or parameter.is_complex())
+        and not isinstance(parameter, torch.nn.UninitializedParameter)
+        and not parameter.is_inference()
+        and (id(parameter) not in _hooks or _hooks[id(parameter)].wrapper() in (None, wrapper))
+    ]
 
 
 def agree_on_plan(
@@ -111,30 +148,80 @@ def describe_plan(model: int, plan: BucketPlan, tags: Sequence[int]) -> None:
 
 
 def attach(
-    wrapper: _Wrapper, names: Sequence[str], parameters: Sequence[torch.nn.Parameter]
+    wrapper: _Wrapper,
+    names: Sequence[str],
+    parameters: Sequence[torch.nn.Parameter],
+    num_reduced: int,
 ) -> None:
-    """Tell ``wrapper`` of every gradient. The hooks do not keep it alive, but miss it."""
+    """Tell ``wrapper`` of every gradient. The hooks do not keep it alive, but miss it.
+
+    Args:
+        wrapper: Who is told.
+        names: Of the parameters.
+        parameters: Those whose gradients it reduces, then frozen ones that it only watches: a
+            parameter may be unfrozen at any time before a backward.
+        num_reduced: How many are reduced.
+    """
     reference = weakref.ref(wrapper)
     for member, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
-        detach([parameter])  # what a wrapper that is gone has left
+        _remove(parameter)  # what a wrapper that is gone has left, or one that watches
+        reduces = member < num_reduced
 
-        def hook(parameter: torch.nn.Parameter, member: int = member, name: str = name) -> None:
+        def hook(
+            parameter: torch.nn.Parameter,
+            member: int = member,
+            name: str = name,
+            reduces: bool = reduces,
+        ) -> None:
             alive = reference()
-            if alive is None:
+            if alive is not None:
+                alive.gradient_ready(member, parameter)
+            elif reduces:
                 raise GradientError(
                     f"the DataParallel around parameter {name!r} is gone, so its gradient would "
                     "stay on this rank. Keep the wrapper and call the model through it, or "
                     "unwrap() it to train on this rank alone"
                 )
-            alive.gradient_ready(member, parameter)
 
+        frozen = not parameter.requires_grad
+        if frozen:  # torch takes hooks of trained parameters only, but keeps them
+            parameter.requires_grad_(True)
         handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-        _hooks[id(parameter)] = (reference, handle)
+        if frozen:
+            parameter.requires_grad_(False)
+        _hooks[id(parameter)] = _Hooked(reference, handle, reduces)
 
 
-def detach(parameters: Sequence[torch.nn.Parameter]) -> None:
-    """Remove the hooks of these parameters, where there are any."""
+class NotWrapped:
+    """Refuses the gradients of a copy of a model that is evaluated and was not wrapped yet.
+
+    Args:
+        module: The copy.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        self._names = [name for name, _ in named]
+        attach(self, self._names, [parameter for _, parameter in named], 0)
+
+    def gradient_ready(self, member: int, parameter: torch.nn.Parameter) -> None:
+        """Raise GradientError."""
+        raise GradientError(
+            f"parameter {self._names[member]!r} of a copy got a gradient, which would stay on "
+            "this rank: a copy of a DataParallel is wrapped in its first forward in training, on "
+            "every rank together. Call copy.train() before that one; or freeze a copy that is "
+            "not trained, copy.requires_grad_(False)"
+        )
+
+
+def detach(wrapper: _Wrapper, parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Remove the hooks of ``wrapper`` from these parameters, where there are any."""
     for parameter in parameters:
-        _, handle = _hooks.pop(id(parameter), (None, None))
-        if handle is not None:
-            handle.remove()
+        if id(parameter) in _hooks and _hooks[id(parameter)].wrapper() is wrapper:
+            _remove(parameter)
+
+
+def _remove(parameter: torch.nn.Parameter) -> None:
+    hooked = _hooks.pop(id(parameter), None)
+    if hooked is not None:
+        hooked.handle.remove()
