@@ -6,6 +6,7 @@ MpiddlError
  |    +-- SingletonError   N ranks were announced, each process is alone
  +-- SettingsError         an MPIDDL_* variable is unknown or has a bad value
  +-- NotInitializedError   a collective was called before mpiddl.init()
+ +-- NestedCallError       a blocking call inside a collective would wait for itself
  +-- UnsupportedBufferError  a tensor or array that no collective can work on
  +-- GpuMemoryError        a GPU has not enough memory left
  +-- MismatchError         ranks disagree: shape, dtype, operation, model
@@ -32,6 +33,7 @@ __all__ = [
     "LaunchError",
     "MismatchError",
     "MpiddlError",
+    "NestedCallError",
     "NoMpiError",
     "NotInitializedError",
     "OutputError",
@@ -100,6 +102,18 @@ class SettingsError(MpiddlError, ValueError):
 
 class NotInitializedError(MpiddlError):
     """A collective was called before ``mpiddl.init()`` or after the world was closed."""
+
+
+class NestedCallError(MpiddlError):
+    """A blocking call inside a comm hook or a signal handler would wait for itself."""
+
+    def __str__(self) -> str:
+        return (
+            "a blocking call of mpiddl in the middle of a collective (in a comm hook, or in a "
+            "signal handler) would wait for itself for ever. In a hook write `yield from "
+            "bucket.all_reduce(tensor)`; in a signal handler set a flag, and look at it between "
+            "training steps"
+        )
 
 
 class UnsupportedBufferError(MpiddlError, ValueError):

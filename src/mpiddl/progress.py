@@ -8,22 +8,57 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import get_ident
 
-__all__ = ["is_waiting", "moved", "moves", "waiting"]
+from mpiddl.errors import NestedCallError
 
+__all__ = [
+    "begin_driving",
+    "end_driving",
+    "is_waiting",
+    "moved",
+    "moves",
+    "refuse_nested",
+    "waiting",
+]
+
+_driver = 0  # the thread that drives collectives just now
 _waiting: deque[None] = deque()  # appending and popping cannot be interrupted by another thread
 _moves = 0
 
 
 @contextmanager
 def waiting() -> Iterator[None]:
-    """The caller waits for other ranks until it leaves."""
+    """The caller waits for other ranks until it leaves.
+
+    Raises:
+        NestedCallError: It is itself part of a collective.
+    """
+    refuse_nested()
     _waiting.append(None)
     try:
         yield
     finally:
         _waiting.pop()
         moved()
+
+
+def begin_driving() -> None:
+    """This thread drives collectives: nothing else can, so what they call must not wait."""
+    global _driver
+    _driver = get_ident()
+
+
+def end_driving() -> None:
+    """What ``begin_driving`` began is over."""
+    global _driver
+    _driver = 0
+
+
+def refuse_nested() -> None:
+    """Raise NestedCallError if a collective that this thread drives has called the caller."""
+    if _driver == get_ident():
+        raise NestedCallError
 
 
 def is_waiting() -> bool:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
 from samples import seeded
 from torch import nn
 
 import mpiddl
+from mpiddl.errors import GradientError, NestedCallError
+from mpiddl.overlap.engine import Engine
 from mpiddl.training.comm_hooks import bf16_compress
+from mpiddl.waits import ALREADY
 
 pytestmark = pytest.mark.device
 
@@ -97,3 +102,101 @@ def test_an_error_in_a_hook_reaches_the_user(world, agree):
     with pytest.raises(ArithmeticError, match="mine"):
         loss(model, world.rank).backward()
     agree(True)
+
+
+NESTED = {
+    "all_reduce": lambda world, bucket: mpiddl.all_reduce(bucket.buffer),
+    "wait": lambda world, bucket: mpiddl.all_reduce(bucket.buffer, async_=True).wait(),
+    "barrier": lambda world, bucket: mpiddl.barrier(),
+    "split": lambda world, bucket: world.split(0),
+    "empty": lambda world, bucket: mpiddl.empty(3),
+    "close": lambda world, bucket: world.close(),
+}
+
+
+@pytest.mark.parametrize(
+    ("engine", "call"), [("thread", "all_reduce"), *(("inline", call) for call in NESTED)]
+)
+def test_a_blocking_call_in_a_hook_is_refused(world, agree, engine, call):
+    if world.size == 1 and call == "empty":
+        pytest.skip("waits for nobody")
+    group = world.split(0)
+    model = mpiddl.DataParallel(make(), world=group, engine=engine)
+
+    def hook(state, bucket):
+        yield from bucket.all_reduce(bucket.buffer)
+        NESTED[call](group, bucket)
+
+    model.register_comm_hook(None, hook)
+    with pytest.raises(NestedCallError, match=r"yield from bucket\.all_reduce"):
+        loss(model, world.rank).backward()
+    agree(True)
+    # Whoever is no part of a collective may wait.
+    agree(mpiddl.gather_json(world.rank) == list(range(world.size)))
+
+
+def test_a_blocking_call_in_a_signal_handler_is_refused(world, agree):
+    engine = Engine()  # without a thread, so that the handler comes while this one drives
+
+    def interrupted():
+        signal.raise_signal(signal.SIGUSR2)
+        yield ALREADY
+
+    before = signal.signal(signal.SIGUSR2, lambda *_: engine.run(interrupted(), world))
+    try:
+        for start in (engine.run, lambda *work: engine.submit(*work).wait()):
+            with pytest.raises(NestedCallError, match="signal handler"):
+                start(interrupted(), world)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    agree(mpiddl.gather_json(world.rank) == list(range(world.size)))
+
+
+def never(bucket):
+    bucket.all_reduce(bucket.buffer)
+    yield from ()
+
+
+def half(bucket):
+    yield next(bucket.all_reduce(bucket.buffer.repeat(1000)), ALREADY)
+
+
+def two_at_once(bucket):
+    first, second = bucket.all_reduce(bucket.buffer), bucket.all_reduce(bucket.buffer.clone())
+    yield next(first)
+    yield from second
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "ring"])
+@pytest.mark.parametrize(
+    ("hook", "words"),
+    [(never, "yield from"), (half, "to its end"), (two_at_once, "one after the other")],
+)
+def test_an_all_reduce_that_a_hook_does_not_finish_is_an_error(
+    world, agree, algorithm, hook, words
+):
+    if world.size == 1 and hook is not never:
+        pytest.skip("over at once")
+    group = world.split(0)
+    model = mpiddl.DataParallel(make(), world=group, algorithm=algorithm)
+    model.register_comm_hook(None, lambda state, bucket: hook(bucket))
+    with pytest.raises(GradientError, match=words):
+        loss(model, world.rank).backward()
+    agree(True)
+
+
+def test_all_reduces_may_be_iterated_in_another_order_than_made(world, agree):
+    model = mpiddl.DataParallel(make())
+    sums = []
+
+    def hook(state, bucket):
+        one, two = torch.ones(3), torch.full((3,), 2.0)
+        first, second = bucket.all_reduce(one), bucket.all_reduce(two)
+        yield from second
+        yield from first
+        sums.extend([one, two])
+
+    model.register_comm_hook(None, hook)
+    for _ in range(2):  # no place in a queue is left taken
+        loss(model, world.rank).backward()
+    agree([float(tensor[0]) for tensor in sums] == 2 * [world.size, 2.0 * world.size], sums)

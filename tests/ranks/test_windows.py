@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from pathlib import Path
 
 import pytest
@@ -196,3 +197,17 @@ def test_a_users_collective_while_a_bucket_waits_for_a_late_rank(world, agree, c
     work = work or start()
     work.wait()
     agree(torch.equal(bucket, expected("sum", world.size, length, torch.float32)))
+
+
+@pytest.mark.host
+def test_memory_that_is_claimed_has_no_name_any_more(world, agree, monkeypatch):
+    """A rank that is killed for want of memory dies there, and must leave nothing behind."""
+    claim, links = os.posix_fallocate, []
+
+    def claim_and_look(handle, start, nbytes):
+        links.append(os.fstat(handle).st_nlink)
+        claim(handle, start, nbytes)
+
+    monkeypatch.setattr(os, "posix_fallocate", claim_and_look)
+    mpiddl.empty(1000)
+    agree(links == [0] * (world.size > 1), links)

@@ -31,7 +31,7 @@ GRACE_SECONDS = 2.0
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 _SHARED_MEMORY = re.compile(
-    r"\s(/dev/shm/(?:mpich_shm_|sm_segment\.|vader_segment\.|mpiddl-data-)\S*)$", re.M
+    r"\s(/dev/shm/(?:mpich_shm_|sm_segment\.|vader_segment\.|mpiddl-)\S*)$", re.M
 )
 
 _installed = False
@@ -164,7 +164,7 @@ class _Guard:
 
 
 def _remove_shared_memory_files() -> None:
-    """Unlink the files in /dev/shm of MPI libraries and of data sets that this process has mapped.
+    """Unlink the files in /dev/shm of MPI libraries and of mpiddl that this process has mapped.
 
     MPICH's abort leaves its own behind, and so does Open MPI where no mpirun cleans up after it.
     """

@@ -8,12 +8,14 @@ nothing of it stays behind when a rank is killed.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import functools
 import mmap
 import os
 import platform
 import tempfile
+import time
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -29,10 +31,12 @@ if TYPE_CHECKING:
     import torch
     from mpi4py import MPI
 
-__all__ = ["Window", "Windows", "make_fence", "refuse_other_sizes"]
+__all__ = ["Window", "Windows", "make_fence", "refuse_other_sizes", "remove_stale"]
 
 FOLDER = Path("/dev/shm")  # noqa: S108 - memory of the node, by definition
-PREFIX = "mpiddl-"
+PREFIX = "mpiddl-window-"
+STALE_SECONDS = 3600.0
+"""A window has a name for milliseconds only."""
 RESERVE = 8 << 20
 """Bytes of shared memory that are left to MPI itself."""
 
@@ -80,6 +84,8 @@ class Windows:
         self._starts: list[int] = []  # of this rank's parts, ascending
         self._numbers: list[int] = []  # the windows that they are in
         self._warned = False
+        if self._rank == 0:
+            remove_stale(FOLDER)
 
     def allocate(self, nbytes: int) -> Window | None:
         """A window with a part of ``nbytes`` for each rank; None, on every rank, if some node
@@ -90,16 +96,11 @@ class Windows:
         """
         part_bytes = max(1, -(-nbytes // mmap.PAGESIZE)) * mmap.PAGESIZE
         refuse_other_sizes(self._comm, part_bytes, "shared memory")
-        path, problem = None, None
-        if self._rank == 0:
-            path, problem = _create(part_bytes * self._size)
-        path, problem = exchange(self._node, [path, problem])[0]
+        handle, problem = self._open_together(part_bytes * self._size)
         memory = None
-        if path is not None:
-            memory, problem = _map(path, part_bytes, self._rank, self._size)
+        if handle is not None:
+            memory, problem = _map(handle, part_bytes, self._rank, self._size)
         problems = [text for text in exchange(self._comm, problem) if text is not None]
-        if path is not None and self._rank == 0:
-            os.unlink(path)  # all have it open; nothing stays behind, whoever dies when
         if problems or memory is None:
             self._warn(problems[0], nbytes)
             return None
@@ -112,6 +113,23 @@ class Windows:
         self._starts.insert(at, own)
         self._numbers.insert(at, number)
         return Window(number, memory, part_bytes)
+
+    def _open_together(self, nbytes: int) -> tuple[int | None, str | None]:
+        """A new file of ``nbytes``, open on all ranks of the node, or None and the reason.
+
+        It has lost its name before any rank claims memory, which is where a rank may be killed.
+        """
+        own, problem = _create(nbytes) if self._rank == 0 else (None, None)
+        try:
+            path, problem = exchange(self._node, [own, problem])[0]
+            handle = None
+            if path is not None:
+                handle, problem = _open(path)
+            exchange(self._node, None)  # all have it open
+        finally:
+            if own is not None:
+                os.unlink(own)
+        return handle, problem
 
     def _forget_unmapped(self) -> None:
         """Their addresses may be used again; their numbers are not."""
@@ -203,12 +221,25 @@ def _create(nbytes: int) -> tuple[str | None, str | None]:
     return path, None
 
 
-def _map(path: str, part_bytes: int, rank: int, size: int) -> tuple[mmap.mmap | None, str | None]:
-    """The file as memory, this rank's part claimed by this rank: near its cores."""
+def remove_stale(folder: Path) -> None:
+    """Remove names that ranks have left which were killed between making a file and opening it."""
+    oldest = time.time() - STALE_SECONDS
+    for path in folder.glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):
+            state = path.lstat()
+            if state.st_uid == os.geteuid() and state.st_mtime < oldest:
+                path.unlink()
+
+
+def _open(path: str) -> tuple[int | None, str | None]:
     try:
-        handle = os.open(path, os.O_RDWR)
+        return os.open(path, os.O_RDWR | os.O_NOFOLLOW), None
     except OSError as error:  # ranks in containers of their own have no /dev/shm in common
         return None, str(error)
+
+
+def _map(handle: int, part_bytes: int, rank: int, size: int) -> tuple[mmap.mmap | None, str | None]:
+    """The file as memory, this rank's part claimed by this rank: near its cores."""
     try:
         # Claims the pages, so that touching them can never fail; ENOSPC otherwise.
         os.posix_fallocate(handle, rank * part_bytes, part_bytes)

@@ -151,16 +151,21 @@ class Engine:
                 raise
             finally:
                 self.leave()
+        progress.refuse_nested()
         work = Work(self, waits, world, wait=wait, device=device)
         self._submitted.append(work)
         return work.wait()
 
     def enter(self) -> bool:
         """Keep the engine to the caller if nothing is in flight; then ``leave`` must follow."""
-        return not (self._submitted or self._in_flight) and self._lock.acquire(blocking=False)
+        if self._submitted or self._in_flight or not self._lock.acquire(blocking=False):
+            return False
+        progress.begin_driving()
+        return True
 
     def leave(self) -> None:
         """End what ``enter`` began."""
+        progress.end_driving()
         self._lock.release()
 
     @property
@@ -228,6 +233,7 @@ class Engine:
         self._collect()
         place = gone = 0
         moved = True  # also after an exception: its work is over
+        progress.begin_driving()
         try:
             while place < len(self._in_flight):
                 turns = self._in_flight[place].advance(TURNS)
@@ -238,6 +244,7 @@ class Engine:
                     place = 0
             moved = gone > 0
         finally:
+            progress.end_driving()
             if moved:
                 self._in_flight = [work for work in self._in_flight if not work.complete]
             self._polled = time.perf_counter()

@@ -78,7 +78,8 @@ class Work:
         For an all-reduce that is the tensor or array that was passed. An error that the
         collective met is raised here.
         """
-        self._engine.drive([self])
+        if not self._complete:
+            self._engine.drive([self])
         if self._error is not None:
             raise self._error
         return self._result

@@ -14,8 +14,9 @@ with the bucket in between. Ranks may call it for their buckets in different ord
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ import torch
 from mpiddl.buckets.bucket import Bucket
 from mpiddl.devices.base import Buffer, Device
 from mpiddl.devices.registry import device_of
+from mpiddl.errors import GradientError
 from mpiddl.waits import Waits
 
 __all__ = ["CommHook", "GradientBucket", "bf16_compress", "hook_for_buckets"]
@@ -45,13 +47,15 @@ class GradientBucket:
     names: Sequence[str]
     weight: float
     _all_reduce: Callable[[Buffer, float | None, str | None], Waits[None]]
+    _made: list[Waits[None]] = field(default_factory=list)
 
     def all_reduce(
         self, buffer: Buffer, *, weight: float | None = None, algorithm: str | None = None
     ) -> Waits[None]:
         """Sum a 1-D tensor over all ranks, in place, with this bucket's own messages.
 
-        Not ``mpiddl.all_reduce``: that must be called in the same order on every rank.
+        Not ``mpiddl.all_reduce``: that must be called in the same order on every rank. ``yield
+        from`` it: nothing begins before, and one of a bucket ends before its next one begins.
 
         Args:
             buffer: Of the same length and dtype on every rank; any memory.
@@ -59,7 +63,29 @@ class GradientBucket:
                 are weighted already.
             algorithm: As for ``mpiddl.all_reduce``; default the model's.
         """
-        return self._all_reduce(buffer, weight, algorithm)
+        waits = self._when_iterated(buffer, weight, algorithm)
+        self._made.append(waits)
+        return waits
+
+    def _when_iterated(
+        self, buffer: Buffer, weight: float | None, algorithm: str | None
+    ) -> Waits[None]:
+        if any(inspect.getgeneratorstate(waits) == inspect.GEN_SUSPENDED for waits in self._made):
+            raise GradientError(
+                f"the comm hook began a second all_reduce of bucket {self.number} before the first "
+                "was over; `yield from` one after the other"
+            )
+        # Not before: who has a place in a queue must go on, or others wait behind it for ever.
+        yield from self._all_reduce(buffer, weight, algorithm)
+
+    def refuse_unfinished(self) -> None:
+        """Raise GradientError if the hook has ended, but not all that it wanted reduced."""
+        if any(inspect.getgeneratorstate(waits) != inspect.GEN_CLOSED for waits in self._made):
+            raise GradientError(
+                f"the comm hook made bucket.all_reduce(...) of bucket {self.number} and did not "
+                "iterate it to its end, so nothing was reduced: write `yield from "
+                "bucket.all_reduce(...)`"
+            )
 
 
 CommHook = Callable[[Any, GradientBucket], Waits[None]]
@@ -97,9 +123,14 @@ def hook_for_buckets(
                 "`yield from bucket.all_reduce(...)` takes the place of torch's Future, and what "
                 "is in bucket.buffer at the end is the gradient"
             )
-        return _in_plain_mode(waits, device_of(bucket.buffer))
+        return _to_the_end(waits, seen)
 
     return reduce
+
+
+def _to_the_end(waits: Waits[None], bucket: GradientBucket) -> Waits[None]:
+    yield from _in_plain_mode(waits, device_of(bucket.buffer))
+    bucket.refuse_unfinished()
 
 
 def _in_plain_mode(waits: Waits[None], device: Device) -> Waits[None]:
