@@ -18,6 +18,7 @@ from torch.nn.functional import mse_loss
 
 import mpiddl
 from mpiddl import progress
+from mpiddl.checkpoint import index, tensors
 from mpiddl.checkpoint.folders import checkpoints
 from mpiddl.checkpoint.index import checksum, read_index
 from mpiddl.comm.tuning import Choice
@@ -28,9 +29,9 @@ ROWS = 37
 
 
 @pytest.fixture
-def folder(tmp_path, world):
+def folder(shared_tmp_path):
     """The same on every rank."""
-    return Path(mpiddl.broadcast_json(str(tmp_path)))
+    return shared_tmp_path
 
 
 class Training:
@@ -400,6 +401,23 @@ def test_who_waits_for_a_rank_that_works_sees_it_go_on(world, monkeypatch, agree
     assert together.work_together(work, world) == world.rank
     moved = progress.moves() - moves[0]
     agree(world.rank == 0 or moved >= 6, f"{moved} signs")
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_writing_and_checking_are_signs_to_those_that_wait(
+    world, folder, monkeypatch, agree, sharded
+):
+    """However slow the disk: each piece is one, if the one before it was long enough ago."""
+    monkeypatch.setattr(together, "SIGN_SECONDS", 0.0)
+    for module in (tensors, index):
+        monkeypatch.setattr(module, "PIECE_BYTES", 1000)
+    value = torch.zeros(100_000, dtype=torch.uint8)
+    before = progress.moves()
+    mpiddl.checkpoint.save(folder, 1, value=value, sharded=sharded)
+    saved = progress.moves() - before
+    mpiddl.checkpoint.load(folder)
+    loaded = progress.moves() - before - saved
+    agree(min(saved, loaded) >= 100, f"{saved} and {loaded} signs")
 
 
 def test_what_one_rank_fails_at_others_hear_once_they_are_through(world):
