@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from mpi4py import MPI
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import mpiddl
+from mpiddl.data import loaders
 
 pytestmark = pytest.mark.thorough
 
@@ -81,3 +82,20 @@ def test_one_seed_for_weights_and_a_stream_per_rank(world, agree):
     agree(len({tuple(value) for value in MPI.COMM_WORLD.allgather(same)}) == 1)
     agree(len({tuple(value) for value in MPI.COMM_WORLD.allgather(own)}) == world.size)
     agree(same != own)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield from range(4)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_stream_that_may_not_find_its_rank_is_hinted_at(world, agree, caplog, monkeypatch, told):
+    for name, value in (("RANK", world.rank), ("WORLD_SIZE", world.size)):
+        monkeypatch.setenv(name, str(value)) if told else monkeypatch.delenv(name, False)
+    loaders._hint.cache_clear()
+    mpiddl.data.loader(mpiddl.data.ShardedStream(Stream(), world))
+    agree(caplog.text == "", caplog.text)
+    mpiddl.data.loader(Stream())
+    expected = not told and world.rank == 0 and world.size > 1
+    agree(("wrap it in mpiddl.data.ShardedStream" in caplog.text) == expected, caplog.text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
 from itertools import islice
 from multiprocessing.reduction import ForkingPickler
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset, get_worker_info
 from torch.utils.data._utils import worker as torch_worker
 
 from mpiddl.data.loaders import loader
@@ -78,6 +79,51 @@ def test_every_item_goes_to_one_reader(length, size, workers, buffer, epoch):
         if buffer == 0:
             assert items == sorted(items)
     assert max(counts) - min(counts) <= 1
+
+
+class DividesItself(IterableDataset):
+    """As datasets' and webdataset's streams do, by loader worker and by torchrun's variables."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def __iter__(self):
+        info = get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        yield from range(rank + size * worker, self.length, size * workers)
+
+
+def files_of(source, world):
+    return ShardedStream.of_files(["0x9", "1x9", "2x9", "3x9"], lambda _: source, world)
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["RANK is set", "RANK is not set"])
+@pytest.mark.parametrize("deal", [ShardedStream, files_of])
+def test_a_source_that_divides_itself_is_divided_once(monkeypatch, told, deal):
+    found = []
+    for rank in range(2):
+        for name, value in (("RANK", rank), ("WORLD_SIZE", 2)):
+            monkeypatch.setenv(name, str(value)) if told else monkeypatch.delenv(name, False)
+        stream = deal(DividesItself(23), place(rank, 2))
+        for worker in range(2):
+            with as_worker(worker, 2):
+                for item in stream:
+                    found.append(item)
+                    assert get_worker_info().id == worker  # as it was, between two items
+                    assert os.environ.get("RANK") == (str(rank) if told else None)
+    copies = 4 if deal is files_of else 1
+    assert sorted(found) == sorted([*range(23)] * copies)
+
+
+def test_a_source_that_fails_leaves_all_as_it_was(monkeypatch):
+    monkeypatch.setenv("RANK", "5")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with as_worker(1, 2):
+        with pytest.raises(ZeroDivisionError):
+            list(ShardedStream(lambda: (1 // zero for zero in [0]), place(0, 1)))
+        assert get_worker_info().id == 1
+        assert os.environ["RANK"] == "5"
 
 
 def test_workers_may_differ_between_ranks():

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cache, partial
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
 from typing import Any
@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from mpiddl.comm.world import current_world, is_running
 from mpiddl.data.signatures import checks_world
+from mpiddl.data.streams import ShardedStream
+from mpiddl.log import logger
 
 __all__ = ["loader"]
 
@@ -43,7 +45,7 @@ def loader(
     memory.
 
     Args:
-        dataset: The samples.
+        dataset: The samples. A stream that is no ``ShardedStream`` must divide itself among ranks.
         batches: This rank's batches, such as a ``ShardBatchSampler``; its ``collate``, if it has
             one, makes batches of samples.
         sampler: This rank's samples, such as a ``ShardSampler``; ``range(len(dataset))`` for all.
@@ -56,6 +58,8 @@ def loader(
         ValueError: The arguments contradict each other, or would fork the rank.
     """
     stream = isinstance(dataset, IterableDataset)
+    if stream and not isinstance(dataset, ShardedStream):
+        _hint_at_ranks()
     _check_order(stream, batches, sampler, batch_size, options)
     if num_workers > 0:
         context = options.setdefault("multiprocessing_context", "forkserver")
@@ -79,6 +83,24 @@ def loader(
     else:
         options |= {"batch_size": batch_size, "sampler": sampler}
     return DataLoader(dataset, num_workers=num_workers, **options)
+
+
+def _hint_at_ranks() -> None:
+    """On rank 0, where a stream that asks for its rank in torchrun's way would find none."""
+    if not is_running() or current_world().size == 1 or current_world().rank > 0:
+        return
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        _hint()
+
+
+@cache
+def _hint() -> None:
+    """Once is enough."""
+    logger.warning(
+        "a stream that divides itself by RANK and WORLD_SIZE finds neither here, and every rank "
+        "reads all of it: give it world.rank and world.size, or wrap it in "
+        "mpiddl.data.ShardedStream(stream, world)"
+    )
 
 
 def _check_order(

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mpiddl.comm.world import World, current_world
 from mpiddl.data.signatures import checks_world
+from mpiddl.data.undivided import undivided
 from mpiddl.errors import DataError
 
 __all__ = ["ShardedStream"]
@@ -34,6 +35,9 @@ class ShardedStream(IterableDataset[T]):
     an item more than another, and their numbers of batches may differ: train under
     ``mpiddl.join``. Every worker passes over the items of the others; where that is slow, deal
     whole files: ``ShardedStream.of_files``.
+
+    A source that would divide itself among ranks or loader workers is kept from it: while it is
+    read, it finds a single process. So nothing is divided twice.
 
     Args:
         source: What can be iterated over again and again, or a function that returns an iterator;
@@ -122,7 +126,8 @@ class ShardedStream(IterableDataset[T]):
         if self._told[_WORKERS] > 0:
             worker, skip = self._go_on(worker, workers)
         random = numpy.random.default_rng([self.seed, self._epoch, self.rank, worker])
-        items = self._shuffled(iter(self._share(worker, workers)), random)
+        share = undivided(lambda: self._share(worker, workers))
+        items = self._shuffled(share, random)
         return self._without(skip, items)
 
     def _share(self, worker: int, workers: int) -> Iterable[T]:
