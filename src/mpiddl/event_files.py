@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpiddl.errors import RecordingError
 from mpiddl.events import EVENT, LAST_EVENTS, Event, Kind, Recorder
+from mpiddl.locks import lock
 
 if TYPE_CHECKING:
     import numpy
@@ -58,9 +59,8 @@ class EventFile:
         self._sequence = 0
         path.unlink(missing_ok=True)
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with contextlib.suppress(OSError):  # network file systems may not have it
-            fcntl.flock(self._file, fcntl.LOCK_SH)
         try:
+            lock(self._file, fcntl.LOCK_SH)
             os.ftruncate(self._file, _EVENTS + capacity * EVENT.size)
             self._write_header()
             self._backed = self._back(LAST_EVENTS)
@@ -110,11 +110,9 @@ def in_use(path: Path) -> bool:
     """Whether the process that writes a file of events lives, as far as its lock tells."""
     with path.open("rb") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
-        except OSError:
-            return False
     return False
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-__all__ = ["logger", "name_rank"]
+__all__ = ["logger", "name_rank", "speaks"]
 
 logger = logging.getLogger("mpiddl")
 
@@ -28,3 +28,8 @@ logger.addFilter(_filter)
 def name_rank(rank: int | None) -> None:
     """From now on messages are said to come from ``rank``."""
     _filter.rank = rank
+
+
+def speaks() -> bool:
+    """Whether this process says what all ranks could: it is rank 0, or no rank."""
+    return not _filter.rank

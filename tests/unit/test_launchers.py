@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from mpiddl.comm.launchers import Launch, has_slurms_pmix, read_launch, refuse_singleton
@@ -115,7 +119,7 @@ def test_library_names(text, name):
 
 
 def test_defaults_are_set_only_where_the_user_has_not(monkeypatch):
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("mpiddl.comm.library._cores_of_node", lambda: 2)
     crowded, roomy = Launch("mpirun", 0, 4, 0, 4), Launch("mpirun", 0, 4, 0, 2)
 
     environ = {}
@@ -142,3 +146,26 @@ def test_cores_are_shared_unless_bound():
     assert cores_per_rank([[0], [1]], 1) == 1
     assert cores_per_rank([[0, 1, 2, 3], [4, 5, 6, 7]], 0) == 4
     assert cores_per_rank([[0]] * 4, 2) == 1
+
+
+LAUNCHER = """
+import os, subprocess, sys
+rank, mine, ranks = sys.argv[1:]
+os.sched_setaffinity(0, map(int, mine.split(",")))
+subprocess.run([sys.executable, "-c", rank, ranks])
+"""
+RANK = """
+import os, sys
+from mpiddl.comm.library import _cores_of_node
+os.sched_setaffinity(0, map(int, sys.argv[1].split(",")))
+print(_cores_of_node())
+"""
+
+
+def test_cores_that_the_job_may_use_count_and_not_those_of_the_machine():
+    """Of a launcher and a rank that it binds to one core, or not."""
+    cores = sorted(os.sched_getaffinity(0))
+    for mine, bound_to in ((cores[:1], cores[:1]), (cores, cores[:1])):
+        lists = [",".join(map(str, numbers)) for numbers in (mine, bound_to)]
+        said = subprocess.check_output([sys.executable, "-c", LAUNCHER, RANK, *lists], text=True)
+        assert int(said) == len(mine)

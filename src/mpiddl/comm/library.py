@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import MutableMapping
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -45,7 +46,7 @@ def set_defaults(environ: MutableMapping[str, str], launch: Launch) -> dict[str,
     # windows do not use it.
     wanted = {"OMPI_MCA_osc": "^ucx"}
     # More ranks than cores: a rank that spins keeps its peer from sending what it spins for.
-    if (launch.local_size or 1) > (os.cpu_count() or 1):
+    if (launch.local_size or 1) > _cores_of_node():
         wanted["OMPI_MCA_mpi_yield_when_idle"] = "1"
     if launch.size is not None and launch.size == launch.local_size:
         # Intel MPI looks for a network first, although all ranks are on one node.
@@ -57,6 +58,15 @@ def set_defaults(environ: MutableMapping[str, str], launch: Launch) -> dict[str,
     chosen = {name: text for name, text in wanted.items() if name not in environ}
     environ.update(chosen)
     return chosen
+
+
+def _cores_of_node() -> int:
+    """Cores that the ranks of this node may run on, as far as one of them knows before they meet:
+    it may be bound to a few of those that its launcher may use."""
+    cores = os.sched_getaffinity(0)
+    with suppress(OSError):
+        cores |= os.sched_getaffinity(os.getppid())
+    return len(cores)
 
 
 def load(launch: Launch) -> ModuleType:

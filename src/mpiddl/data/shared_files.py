@@ -3,6 +3,7 @@
 Every rank that uses such a file holds a shared lock on it. The kernel drops the lock with the
 process, however it ends, so whoever can have the file for itself alone knows that nobody needs it
 any more, and removes it: the last rank that lets go of it, or, after a crash, the next job's start.
+Where the file system has no locks, whoever made the file removes it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy
 from numpy.typing import NDArray
 
 from mpiddl.comm.windows import FOLDER, RESERVE
+from mpiddl.locks import lock
 from mpiddl.units import format_bytes
 
 __all__ = ["SharedFile", "map_shared", "remove_unused"]
@@ -38,6 +40,7 @@ class SharedFile:
     def __init__(self, path: Path, handle: int) -> None:
         self.path = path
         self._handle = handle
+        self._made_without_lock = False
         self._owner = os.getpid()
 
     @classmethod
@@ -56,7 +59,7 @@ class SharedFile:
             handle, name = tempfile.mkstemp(prefix=PREFIX, dir=folder)
             file = cls(Path(name), handle)
             try:
-                fcntl.flock(handle, fcntl.LOCK_SH)
+                file._made_without_lock = not lock(handle, fcntl.LOCK_SH)
                 # Another job's start may have been quicker with its lock, and removed it.
                 if os.fstat(handle).st_nlink > 0:
                     os.ftruncate(handle, nbytes)
@@ -75,7 +78,7 @@ class SharedFile:
             OSError: There is none, or it is not this user's.
         """
         handle = _open(path, os.O_RDWR)
-        fcntl.flock(handle, fcntl.LOCK_SH)
+        lock(handle, fcntl.LOCK_SH)
         return cls(path, handle)
 
     def claim(self, start: int, nbytes: int) -> None:
@@ -100,8 +103,10 @@ class SharedFile:
         if self._handle < 0 or os.getpid() != self._owner:
             return
         with contextlib.suppress(OSError):
-            fcntl.flock(self._handle, fcntl.LOCK_UN)
-            _remove_if_unused(self.path, self._handle)
+            if self._made_without_lock:
+                self.path.unlink()
+            elif lock(self._handle, fcntl.LOCK_UN):
+                _remove_if_unused(self.path, self._handle)
         os.close(self._handle)
         self._handle = -1
 
@@ -135,8 +140,8 @@ def _files_in(folder: Path) -> list[Path]:
 
 def _remove_if_unused(path: Path, handle: int) -> None:
     """Raises: BlockingIOError: Somebody holds it."""
-    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    path.unlink(missing_ok=True)
+    if lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

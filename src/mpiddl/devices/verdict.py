@@ -11,6 +11,7 @@ from mpiddl.comm import library
 from mpiddl.comm.world import World
 from mpiddl.devices.probe import staging_verdict
 from mpiddl.devices.probe_cache import cache_file
+from mpiddl.locks import lock
 from mpiddl.log import logger
 
 __all__ = ["mpi_reads_gpu_memory"]
@@ -45,7 +46,7 @@ def _find_out(world: World, device: int) -> bool:
 
 @contextmanager
 def _one_at_a_time() -> Iterator[None]:
-    """Among the processes of a node; without order where no file can be made."""
+    """Among the processes of a node; all at once where no file can be made, or locked."""
     path = cache_file(platform.node()).with_suffix(".lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,5 +55,5 @@ def _one_at_a_time() -> Iterator[None]:
         yield
         return
     with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        lock(file.fileno(), fcntl.LOCK_EX)
         yield

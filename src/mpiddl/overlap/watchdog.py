@@ -139,6 +139,7 @@ def _say(text: str) -> None:
 
 
 _watched: list[weakref.WeakMethod[Callable[[], str]]] = []
+_watching = threading.Lock()  # over the list, between the thread that looks and those that add
 _watchdog: Watchdog | None = None
 
 
@@ -149,12 +150,14 @@ def watch(describe: Callable[[], str]) -> None:
         describe: A method; its object may go. Called from another thread while the object is in
             use, it must not wait for anything. Returns one line, or nothing.
     """
-    _watched.append(weakref.WeakMethod(describe))
+    with _watching:
+        _watched.append(weakref.WeakMethod(describe))
 
 
 def _describers() -> list[Callable[[], str]]:
-    _watched[:] = [reference for reference in _watched if reference() is not None]
-    return [describe for reference in _watched if (describe := reference()) is not None]
+    with _watching:
+        _watched[:] = [reference for reference in _watched if reference() is not None]
+        return [describe for reference in _watched if (describe := reference()) is not None]
 
 
 def start(world: World) -> None:

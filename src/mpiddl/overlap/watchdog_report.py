@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import linecache
+import re
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from mpiddl.comm import flight
 from mpiddl.comm.heartbeats import Beat, State
@@ -24,12 +27,13 @@ MOST_WAITING = 3
 """Ranks that wait like this one and are described in full; those that are late all are."""
 
 _OWN_FOLDER = str(Path(__file__).parents[1])
+_PLACE = re.compile(r"at ([^;]+):(\d+) in ([^;]+)$")
 
 Describers = Sequence[Callable[[], str]]
 
 
 def summary(describers: Describers) -> str:
-    """What this rank does, in one line."""
+    """What this rank does, in one line. Asked every second: it touches no file."""
     return "; ".join(part for part in (described(describers), _last(), _place()) if part)
 
 
@@ -57,7 +61,8 @@ def lines(
     """
     text = [part for part in (described(describers), _last()) if part]
     text += ["its main thread is at:"]
-    text += [f"  {_line_of(frame)}" for frame in _main_frames()[-MOST_FRAMES:]]
+    frames = list(islice(_main_frames(), MOST_FRAMES))
+    text += [f"  {_with_source(frame)}" for frame in reversed(frames)]
     ranks = world.layout.nodes[world.node_rank]
     if len(beats) == len(ranks):
         others = [pair for pair in zip(ranks, beats, strict=True) if pair[0] != world.rank]
@@ -89,7 +94,7 @@ def _of(rank: int, beat: Beat, alive_seconds: float) -> str:
         said = f"rank {rank} waits too, since {format_seconds(beat.stuck / 1e9)}"
     else:
         said = f"rank {rank} is late: it does not wait"
-    return f"{said}; {beat.words}" if beat.words else said
+    return f"{said}; {_PLACE.sub(_with_source_of, beat.words)}" if beat.words else said
 
 
 def _silence(beat: Beat) -> float:
@@ -104,18 +109,35 @@ def _last() -> str:
     return "it has done nothing yet"
 
 
-def _main_frames() -> list[traceback.FrameSummary]:
+class _Frame(NamedTuple):
+    file: str
+    line: int
+    function: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} in {self.function}"
+
+
+def _main_frames() -> Iterator[_Frame]:
+    """Where the main thread is, the innermost frame first."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    return [] if frame is None else list(traceback.extract_stack(frame))
+    while frame is not None:
+        yield _Frame(frame.f_code.co_filename, frame.f_lineno or 0, frame.f_code.co_name)
+        frame = frame.f_back
 
 
-def _line_of(frame: traceback.FrameSummary) -> str:
-    return f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}"
+def _with_source(frame: _Frame) -> str:
+    """The frame and its line of code, for which the file is read."""
+    return f"{frame}: {linecache.getline(frame.file, frame.line).strip()}"
+
+
+def _with_source_of(place: re.Match[str]) -> str:
+    return f"at {_with_source(_Frame(place[1], int(place[2]), place[3]))}"
 
 
 def _place() -> str:
     """Where the main thread is: the innermost line that is not of mpiddl or torch."""
-    for frame in reversed(_main_frames()):
-        if not frame.filename.startswith(_OWN_FOLDER) and "/torch/" not in frame.filename:
-            return f"at {_line_of(frame)}"
+    for frame in _main_frames():
+        if not frame.file.startswith(_OWN_FOLDER) and "/torch/" not in frame.file:
+            return f"at {frame}"
     return ""
