@@ -151,6 +151,39 @@ def test_leaving_without_a_status_is_no_failure(start, action):
     assert (job.status, job.err) == (0, ""), job.both
 
 
+WAIT_IN_MPI = """
+    import atexit, os, sys, time
+    from sys import exit as leave
+    import mpiddl
+    world = mpiddl.init(device="cpu")
+    from mpi4py import MPI
+    MPI.COMM_WORLD.Barrier()
+    if world.rank == 1:
+        print("failing at", time.time(), flush=True)
+        {action}
+    MPI.COMM_WORLD.Barrier()
+"""
+
+
+@pytest.mark.parametrize(
+    ("action", "status", "words"),
+    [
+        ("raise SystemExit(3)", 3, "exited with status 3"),
+        ("leave(3)", 3, "exited with status 3"),
+        # Nothing of 256 is left in the eight bits of a process's status.
+        ("atexit.register(MPI.COMM_WORLD.Barrier); sys.exit(256)", 1, "exited with status 1"),
+        ("os._exit(3)", 3, "left by os._exit(3)"),
+    ],
+    ids=["SystemExit", "imported exit", "256, and a handler that waits", "os._exit"],
+)
+def test_ways_that_pass_by_sys_exit(start, action, status, words):
+    # Without torch: its import would take longer than all else.
+    job = start(2, WAIT_IN_MPI.format(action=action), env={"OMP_NUM_THREADS": "1"}, timeout=60)
+
+    assert job.status == status, job.both
+    assert f"rank 1 of 2 on {os.uname().nodename} {words}" in job.err
+
+
 def test_an_error_before_a_work_completes_ends_the_job(start):
     """The exception leaves while collectives are in flight and the engine's thread runs."""
     code = """

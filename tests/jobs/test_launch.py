@@ -31,19 +31,21 @@ def test_a_job_is_quiet(start):
 
 @only_open_mpi
 def test_a_bare_mpirun_is_quiet(start, monkeypatch):
-    """Nothing but mpirun's own permission to run as root."""
+    """Nothing but mpirun's own permissions. On two cores it numbers three local ranks by core, and
+    the GPU that is chosen by its number before MPI starts is that of ``world.local_rank``."""
     for name in ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"):
         monkeypatch.setenv(name, "1")
-    windows = REPORT + "    from mpi4py import MPI\n    MPI.Win.Allocate_shared(8).Free()\n"
-    script = [
-        "sh",
-        "-c",
-        'exec mpirun -n 2 python -c "$0"',
-        "\n".join(line[4:] for line in windows.splitlines()),
-    ]
-    job = start(None, script)
+    code = """
+import os, mpiddl
+announced = int(os.environ["OMPI_COMM_WORLD_LOCAL_RANK"])
+world = mpiddl.init()
+print(world.rank, world.size, world.local_rank == announced, flush=True)
+from mpi4py import MPI
+MPI.Win.Allocate_shared(8).Free()
+"""
+    job = start(None, ["sh", "-c", 'exec mpirun --oversubscribe -n 3 python -c "$0"', code])
 
-    assert sorted(job.out.split()) == sorted(["world", "0", "2", "0", "world", "1", "2", "1"])
+    assert sorted(job.out.splitlines()) == ["0 3 True", "1 3 True", "2 3 True"], job.both
     assert (job.status, job.err) == (0, "")
 
 

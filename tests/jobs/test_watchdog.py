@@ -81,6 +81,37 @@ def test_a_stopped_rank(start, tmp_path):
     assert "rank 1 is late: no sign of life for" in said_by(job, 2)
 
 
+def test_a_rank_whose_end_no_launcher_sees(start, tmp_path):
+    """Its shell lives on: only the ranks of its node can know."""
+    script = tmp_path / "gone.py"
+    script.write_text(
+        "from os import _exit\n"
+        "import torch, mpiddl\n"
+        "world = mpiddl.init()\n"
+        "mpiddl.barrier()\n"
+        "_exit(77) if world.rank == 1 else mpiddl.barrier()\n"
+    )
+    shell = f"python {script}; status=$?; [ $status = 77 ] && exec sleep 600; exit $status"
+    job = start(3, ["sh", "-c", shell], env={"TMPDIR": str(tmp_path)})
+
+    assert job.status != 0
+    for rank in (0, 2):
+        assert "misses rank 1: its process is gone" in said_by(job, rank)
+        assert "rank 1 is gone since" in said_by(job, rank)
+
+
+def test_nobody_can_come_any_more(start, tmp_path):
+    """``python -c`` shows nobody the status of a SystemExit; the timeout is ten minutes."""
+    code = "import mpiddl; rank = mpiddl.init().rank; mpiddl.barrier()\n"
+    code += "if rank == 1: raise SystemExit(3)\n"
+    code += "mpiddl.barrier()"
+    job = start(3, ["python", "-c", code], env={"TMPDIR": str(tmp_path)})
+
+    assert job.status != 0
+    assert "waits, as all do that are left: nobody can come any more" in job.err
+    assert "rank 1 is not there: its program has ended" in job.err
+
+
 @pytest.mark.by_day(1)
 @pytest.mark.parametrize("call", ["mpiddl.empty(10)", "world.split(0)"])
 def test_calls_in_which_mpi_itself_waits(start, tmp_path, call):

@@ -9,6 +9,7 @@ from samples import buffer_of, expected
 import mpiddl
 from mpiddl.collectives.choose import ALGORITHMS, choose
 from mpiddl.comm import world as worlds
+from mpiddl.comm.layout import find_layout
 from mpiddl.comm.tuning import Choice
 from mpiddl.comm.world import World
 
@@ -37,6 +38,23 @@ def test_layout(nodes, agree):
     ranks = [rank for node in layout.nodes for rank in node]
     agree(sorted(ranks) == list(range(nodes.size)), layout)
     agree(layout.nodes[nodes.node_rank][nodes.local_rank] == nodes.rank, layout)
+
+
+def test_the_launchers_local_ranks_count_where_they_number_the_node(world, agree):
+    node = worlds._node_of(world._comm)
+    size, place = node.Get_size(), node.Get_rank()
+
+    def layout(announced):
+        return find_layout(world._comm, node, announced)
+
+    turned = layout((place + 1) % size)
+    agree((turned.place, turned.local_rank) == (place, (place + 1) % size), turned)
+    agree(turned.nodes == world.layout.nodes, turned)
+    last = [ranks[-1] for ranks in turned.nodes]  # has local rank 0
+    agree(list(turned.firsts) == last, turned)
+    for announced in (None, 0 if size > 1 else 7, place + 1):
+        agree(layout(announced).local_rank == place, announced)
+    node.Free()
 
 
 @pytest.mark.parametrize("name", ["auto", *ALGORITHMS])

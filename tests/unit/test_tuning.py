@@ -24,7 +24,8 @@ from mpiddl.training.calibration import fastest
 
 
 def layout(*nodes):
-    return Layout(0, len(nodes[0]), 0, len(nodes), 1, False, nodes)
+    firsts = tuple(ranks[0] for ranks in nodes)
+    return Layout(0, 0, len(nodes[0]), 0, len(nodes), 1, False, nodes, firsts)
 
 
 LAYOUT = layout((0, 1), (2,))

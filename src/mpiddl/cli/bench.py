@@ -15,6 +15,7 @@ from mpiddl.cli import bench_overlap
 from mpiddl.cli.arguments import MOST_ROUNDS, Device, check_sizes, finite, init_on
 from mpiddl.cli.outputs import refuse_files, write_files
 from mpiddl.cli.run import deferred, let_rank_0_speak
+from mpiddl.comm.failure import LeaveTogether
 from mpiddl.units import parse_sizes
 
 if TYPE_CHECKING:
@@ -289,4 +290,4 @@ class _Report:
             self.say(f"FAILED: {problem}")
         if problems:
             let_rank_0_speak()
-            raise SystemExit(1)  # not sys.exit: all ranks leave, there is no job to end
+            raise LeaveTogether(1)

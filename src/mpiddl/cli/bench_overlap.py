@@ -12,6 +12,7 @@ import typer
 from mpiddl.cli.arguments import MOST_ROUNDS, Device, init_on
 from mpiddl.cli.outputs import refuse_files, write_files
 from mpiddl.cli.run import let_rank_0_speak
+from mpiddl.comm.failure import LeaveTogether
 from mpiddl.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -246,4 +247,4 @@ class _Report:
             self.say(f"FAILED: {problem}")
         if found:
             let_rank_0_speak()
-            raise SystemExit(1)  # not sys.exit: all ranks leave, there is no job to end
+            raise LeaveTogether(1)

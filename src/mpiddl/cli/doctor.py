@@ -31,6 +31,7 @@ def doctor(
 
     Works alone and under mpirun or srun. Exits 1 if something would break training.
     """
+    from mpiddl.comm.failure import LeaveTogether
     from mpiddl.comm.launchers import read_launch
     from mpiddl.comm.world import init
     from mpiddl.errors import LaunchError, SettingsError
@@ -74,8 +75,7 @@ def doctor(
             _show(report)
     if any(trap.severity == "error" for trap in traps):
         let_rank_0_speak()
-        # Not sys.exit, which ends the job for the sake of ranks that stay behind: all leave here.
-        raise SystemExit(1)
+        raise LeaveTogether(1)
 
 
 def _all_on_gpus(facts: list[dict[str, Any]]) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from mpiddl.comm.failure import GRACE_SECONDS
+from mpiddl.comm.failure import GRACE_SECONDS, LeaveTogether
 from mpiddl.comm.launchers import read_launch
 from mpiddl.comm.world import is_running
 from mpiddl.errors import MpiddlError
@@ -61,7 +61,7 @@ def run(main: Callable[..., Any] | typer.Typer) -> None:
         if not everyones:
             sys.exit(USAGE_ERROR)
         let_rank_0_speak()
-        raise SystemExit(USAGE_ERROR) from None  # all ranks leave: there is no job to end
+        raise LeaveTogether(USAGE_ERROR) from None
     except BrokenPipeError:  # `mpiddl trace show | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left is flushed there
         sys.exit(CLOSED_PIPE)

@@ -102,7 +102,7 @@ class Lane(Queue):
         start, room = number * nbytes, _room_in(nbytes, world.local_size)
         self.number = number
         self.world = world
-        self.rank, self.size = world.local_rank, world.local_size
+        self.rank, self.size = world.layout.place, world.local_size
         self.room = room
         self.fence = fence
         self.crowded = world.layout.crowded

@@ -1,7 +1,8 @@
 """A rank that fails takes the job down at once, with rank, host and traceback.
 
 Without this, the other ranks of an MPI job wait for ever for the one that raised (MPICH, Intel
-MPI) or for the one that left with ``sys.exit(3)`` (all of them).
+MPI) or for the one that left with ``sys.exit(3)`` (all of them). Where a rank leaves in a way that
+nothing here sees, its peers notice (``overlap/watchdog.py``).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import atexit
 import builtins
 import contextlib
+import dis
 import gc
 import os
 import re
@@ -18,12 +20,12 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, ModuleType, TracebackType
 from typing import NoReturn
 
 from mpiddl.log import logger
 
-__all__ = ["at_clean_exit", "install", "say_last"]
+__all__ = ["LeaveTogether", "at_clean_exit", "end_process", "install", "say_last"]
 
 LAST_WORDS_SECONDS = 0.2
 GRACE_SECONDS = 2.0
@@ -34,9 +36,11 @@ _SHARED_MEMORY = re.compile(
     r"\s(/dev/shm/(?:mpich_shm_|sm_segment\.|vader_segment\.|mpiddl-)\S*)$", re.M
 )
 
+end_process = os._exit
+"""The system's own, which this module replaces: says nothing, and asks no MPI."""
+
 _installed = False
-_exit_code: object = None  # what the sys.exit that ended the program was called with
-_leaving = False  # the interpreter runs its exit handlers
+_guard: _Guard | None = None
 _last_words: list[Callable[[], str]] = []
 _at_clean_exit: list[Callable[[], None]] = []
 
@@ -56,6 +60,12 @@ def _leave_cleanly() -> None:
         action()
 
 
+class LeaveTogether(SystemExit):
+    """Ends the program of *every* rank with the same status: nobody stays behind, and waits."""
+
+    on_every_rank = True
+
+
 class _Exit(SystemExit):
     """A ``SystemExit`` that notices whether it ended the program.
 
@@ -65,9 +75,8 @@ class _Exit(SystemExit):
     """
 
     def __del__(self) -> None:
-        global _exit_code
-        if _leaving or sys._getframe().f_back is None:
-            _exit_code = self.code
+        if _guard is not None and (_guard.leaving or sys._getframe().f_back is None):
+            _guard.program_left(self.code)
 
 
 def _exit(code: object = None, /) -> NoReturn:
@@ -78,14 +87,90 @@ def _exit(code: object = None, /) -> NoReturn:
 
 
 def _status(code: object) -> int:
-    """The process status that Python makes of ``sys.exit(code)``."""
+    """The status of the job where a rank leaves with ``sys.exit(code)``.
+
+    It is Python's own, but for codes such as 256: of those nothing is left in the eight bits that
+    a process can tell, and a failure would pass for success.
+    """
     if code is None:
         return 0
-    return code & 0xFF if isinstance(code, int) else 1
+    if not isinstance(code, int):
+        return 1
+    return code & 0xFF or int(code != 0)
+
+
+def _replace_exit() -> None:
+    """``sys.exit`` becomes ours, also where a module has imported it by name."""
+    theirs = sys.exit
+    for module in list(sys.modules.values()):
+        if isinstance(module, ModuleType):
+            # Not vars(), which makes a lazy module load.
+            names = object.__getattribute__(module, "__dict__")
+            for name in [name for name, value in names.items() if value is theirs]:
+                names[name] = _exit
+    builtins.exit = builtins.quit = _exit  # type: ignore[assignment] # the site module's
+
+
+class _MainFrame:
+    """Where the main program is, for ``raise SystemExit(3)``, which passes by all hooks.
+
+    The interpreter flushes ``sys.stderr`` when the script has ended, while the exception that
+    ended it still lives; that is the one moment at which anybody can see it. (``python -c`` and
+    ``python -m`` do not flush.)
+    """
+
+    def __init__(self, left: Callable[[object], None]) -> None:
+        main = sys._current_frames()[threading.main_thread().ident or 0]
+        self._frame = _outermost(main)
+        self._left = left
+        self._stream = sys.stderr
+        self._inherited = self._stream.flush
+        self._stream.flush = self._flush  # type: ignore[method-assign]
+
+    def _flush(self) -> None:
+        if threading.current_thread() is threading.main_thread() and self._ended_by_exception():
+            for code in self._codes():
+                self._left(code)
+        self._inherited()
+
+    def _ended_by_exception(self) -> bool:
+        frame = self._frame
+        if _outermost(sys._getframe()) is frame:
+            return False  # still running
+        last = frame.f_code.co_code[frame.f_lasti]
+        return not dis.opname[last].startswith("RETURN")
+
+    def _codes(self) -> list[object]:
+        """Of the SystemExit that has ended the main program.
+
+        Others live, where somebody has caught and kept them. The one that is on its way has no
+        traceback yet (Python 3.11), or has last passed the place where the program is; unless it
+        was raised again.
+        """
+        alive = [
+            error
+            for error in gc.get_objects()
+            if issubclass(type(error), SystemExit) and not isinstance(error, LeaveTogether)
+        ]
+        traces = [(error.__traceback__, error.code) for error in alive]
+        on_its_way = [
+            code
+            for trace, code in traces
+            if trace is None
+            or (trace.tb_frame, trace.tb_lasti) == (self._frame, self._frame.f_lasti)
+        ]
+        passed = [code for trace, code in traces if trace and trace.tb_frame is self._frame]
+        return on_its_way or passed
+
+
+def _outermost(frame: FrameType) -> FrameType:
+    while frame.f_back is not None:
+        frame = frame.f_back
+    return frame
 
 
 def install(rank: int, size: int, hostname: str, abort: Callable[[int], None]) -> None:
-    """Wrap ``sys.excepthook`` and ``sys.exit`` of this process; once, however often called.
+    """Watch all ways out of this process; once, however often called.
 
     Args:
         rank: World rank, for the message.
@@ -93,7 +178,7 @@ def install(rank: int, size: int, hostname: str, abort: Callable[[int], None]) -
         hostname: For the message.
         abort: Ends all ranks with the given status; does not return.
     """
-    global _installed
+    global _installed, _guard
     if _installed:
         return
     _installed = True
@@ -102,11 +187,13 @@ def install(rank: int, size: int, hostname: str, abort: Callable[[int], None]) -
         atexit.register(_remove_shared_memory_files)
         atexit.register(_leave_unless_it_raised, os.getpid())
         return
-    guard = _Guard(f"rank {rank} of {size} on {hostname}", rank == 0, abort)
-    sys.excepthook = guard.on_exception
-    sys.exit = _exit
-    builtins.exit = builtins.quit = _exit  # type: ignore[assignment] # the site module's
-    atexit.register(guard.at_exit)
+    _guard = _Guard(f"rank {rank} of {size} on {hostname}", rank == 0, abort)
+    sys.excepthook = _guard.on_exception
+    os._exit = _guard.on_os_exit
+    _replace_exit()
+    with contextlib.suppress(AttributeError):  # no stderr, or one that is no file of Python's
+        _MainFrame(_guard.program_left)
+    atexit.register(_guard.at_exit)
 
 
 def _leave_unless_it_raised(owner: int) -> None:
@@ -123,6 +210,16 @@ class _Guard:
         self._abort = abort
         self._owner = os.getpid()
         self._inherited = sys.excepthook
+        self._status = 0
+        self.leaving = False
+
+    def program_left(self, code: object) -> None:
+        """``code`` is that of the SystemExit that has ended the program."""
+        if os.getpid() == self._owner and _status(code) != 0:
+            self._status = _status(code)
+            # In front of all handlers that were registered since, some of which may wait for
+            # ranks that wait for this one.
+            atexit.register(self.at_exit)
 
     def on_exception(
         self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
@@ -137,17 +234,33 @@ class _Guard:
             lines = "".join(traceback.format_exception(kind, error, trace))
             self._end(f"failed; ending the job\n{lines}", 1)
 
+    def on_os_exit(self, status: int) -> NoReturn:
+        """``os._exit``, which MPI's launchers take for an accident, whatever the status."""
+        if os.getpid() == self._owner:
+            # Whoever calls it wants to be gone, also where MPI is stuck.
+            last_resort = threading.Timer(GRACE_SECONDS, end_process, (status,))
+            last_resort.daemon = True
+            last_resort.start()
+            if _status(status) != 0:
+                self._end(f"left by os._exit({status}); ending the job\n", _status(status))
+            words = (
+                f"mpiddl: {self._name} left by os._exit(0), at which an MPI may end the job "
+                "without a word: let the script end, or call sys.exit()\n"
+            )
+            with contextlib.suppress(OSError):
+                os.write(2, words.encode())
+            _leave_cleanly()
+        end_process(status)
+
     def at_exit(self) -> None:
-        global _leaving
         if os.getpid() != self._owner:
             return
-        _leaving = True
+        self.leaving = True
         gc.collect()
-        status = _status(_exit_code)
-        if status == 0 and hasattr(sys, "last_value"):  # another hook printed an exception
-            status = 1
-        if status != 0:
-            self._end(f"exited with status {status}; ending the job\n", status)
+        if self._status == 0 and hasattr(sys, "last_value"):  # another hook printed an exception
+            self._status = 1
+        if self._status != 0:
+            self._end(f"exited with status {self._status}; ending the job\n", self._status)
         _leave_cleanly()
 
     def _end(self, what: str, status: int) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from mpiddl.comm import failure, library
 from mpiddl.comm.clocks import offsets_of_nodes
-from mpiddl.comm.heartbeats import Heartbeats
+from mpiddl.comm.heartbeats import Heartbeats, process_name
 from mpiddl.comm.layout import exchange
 from mpiddl.errors import NotInitializedError, RecordingError
 from mpiddl.event_files import TRACE_EVENTS, EventFile, in_use
@@ -53,7 +53,9 @@ def begin(world: World, comm: MPI.Comm) -> None:
     offsets = exchange(comm, offsets_of_nodes(world.messages, world.layout, world.rank))
     offset, error = offsets[world.layout.nodes[world.node_rank][0]]
     if world.size > 1:
-        _heartbeats = Heartbeats.among(world.windows, world.local_rank, world.local_size)
+        names = exchange(comm, process_name())
+        processes = [names[rank] for rank in world.layout.nodes[world.node_rank]]
+        _heartbeats = Heartbeats.among(world.windows, world.layout.place, processes)
     recorder.describe(
         job=job,
         rank=world.rank,
@@ -71,7 +73,7 @@ def begin(world: World, comm: MPI.Comm) -> None:
         _keep_last_events(job, world)
     if not _told:
         failure.say_last(hint)
-        failure.at_clean_exit(_remove)
+        failure.at_clean_exit(_leave)
         _told = True
 
 
@@ -138,6 +140,12 @@ def _remove() -> None:
             _file.path.unlink(missing_ok=True)
             _file.path.parent.rmdir()
         _file = None
+
+
+def _leave() -> None:
+    if _heartbeats is not None:
+        _heartbeats.leave()
+    _remove()
 
 
 def _keep_last_events(job: str, world: World) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
+import os
 import struct
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
+
+import psutil
 
 from mpiddl.comm.windows import Window, Windows
 
-__all__ = ["Beat", "Heartbeats", "State"]
+__all__ = ["Beat", "Heartbeats", "State", "process_name"]
 
 _BEAT = struct.Struct("<qqqq")  # written at, state, waits for (both in nanoseconds), bytes of words
 _ROOM = 4096 - _BEAT.size
@@ -49,21 +54,33 @@ class Heartbeats:
     Args:
         window: Its parts hold ``Heartbeats.NBYTES``.
         own: The place of this rank.
-        size: Ranks of the node.
+        processes: What each rank of the node said with ``process_name()``.
     """
 
     NBYTES = 4096
 
-    def __init__(self, window: Window, own: int, size: int) -> None:
+    def __init__(self, window: Window, own: int, processes: Sequence[tuple[int, int]]) -> None:
         self._memory = memoryview(window.memory)
-        self._starts = [rank * window.part_bytes for rank in range(size)]
+        self._starts = [rank * window.part_bytes for rank in range(len(processes))]
         self._own = self._starts[own]
+        self._processes = [_process(*name) for name in processes]
 
     @classmethod
-    def among(cls, windows: Windows, own: int, size: int) -> Heartbeats | None:
+    def among(
+        cls, windows: Windows, own: int, processes: Sequence[tuple[int, int]]
+    ) -> Heartbeats | None:
         """Of the ranks of this node; None without shared memory. Collective over the world."""
         window = windows.allocate(cls.NBYTES)
-        return None if window is None else cls(window, own, size)
+        return None if window is None else cls(window, own, processes)
+
+    def is_gone(self, place: int) -> bool:
+        """Whether the process of that rank of the node is known to have ended."""
+        process = self._processes[place]
+        if process is None:
+            return False
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+        return True
 
     def write(self, state: State, stuck: int = 0, words: str = "") -> None:
         """Say that this rank lives."""
@@ -71,6 +88,11 @@ class Heartbeats:
         start = self._own + _BEAT.size
         self._memory[start : start + len(text)] = text
         _BEAT.pack_into(self._memory, self._own, time.monotonic_ns(), state, stuck, len(text))
+
+    def leave(self) -> None:
+        """Say that this rank's program ends, unless that was said already, in more words."""
+        if self._read(self._own).state is not State.LEFT:
+            self.write(State.LEFT)
 
     def read(self) -> list[Beat]:
         """What each rank of the node said last."""
@@ -80,3 +102,19 @@ class Heartbeats:
         at, state, stuck, nbytes = _BEAT.unpack_from(self._memory, start)
         text = bytes(self._memory[start + _BEAT.size : start + _BEAT.size + nbytes])
         return Beat(at, State(state), stuck, text.decode(errors="replace"))
+
+
+def process_name() -> tuple[int, int]:
+    """This process's number, and the PID namespace in which it has that number; 0: unknown."""
+    with contextlib.suppress(OSError):
+        return os.getpid(), os.stat("/proc/self/ns/pid").st_ino
+    return os.getpid(), 0
+
+
+def _process(number: int, namespace: int) -> psutil.Process | None:
+    """A process of this node; None where it cannot be told apart, as in another container."""
+    if namespace == 0 or namespace != process_name()[1]:
+        return None
+    with contextlib.suppress(psutil.Error):
+        return psutil.Process(number)
+    return None

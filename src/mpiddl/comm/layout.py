@@ -20,15 +20,19 @@ class Layout:
     """Where a rank is in its node, and its node among all.
 
     Attributes:
-        local_rank: This rank among those of its node, in the order of ranks.
+        place: This rank among those of its node, in the order of ranks.
+        local_rank: The same in the launcher's order: it may number ranks by core. A GPU is chosen
+            by it before MPI starts.
         local_size: Ranks on this node.
         node_rank: This node among all, in the order of their lowest ranks.
         num_nodes: Number of nodes.
         cores: Cores that this rank can count as its own, at least 1.
         crowded: The ranks of this node outnumber the cores that they may run on.
-        nodes: The ranks of every node, in the order of their local ranks.
+        nodes: The ranks of every node, ascending.
+        firsts: The rank of every node that has local rank 0.
     """
 
+    place: int
     local_rank: int
     local_size: int
     node_rank: int
@@ -36,6 +40,7 @@ class Layout:
     cores: int
     crowded: bool
     nodes: tuple[tuple[int, ...], ...]
+    firsts: tuple[int, ...]
 
 
 def exchange(comm: MPI.Comm, value: Any) -> list[Any]:
@@ -57,37 +62,46 @@ def exchange(comm: MPI.Comm, value: Any) -> list[Any]:
     ]
 
 
-def find_layout(comm: MPI.Comm, node: MPI.Comm) -> Layout:
+def find_layout(comm: MPI.Comm, node: MPI.Comm, announced: int | None) -> Layout:
     """Where everyone is. Collective over ``comm``.
 
     Args:
         comm: All ranks.
         node: Those that share memory with this one, in the order of their ranks in ``comm``.
+        announced: This rank's local rank, as the launcher has it.
     """
-    local_rank = node.Get_rank()
+    place = node.Get_rank()
     affinities = exchange(node, sorted(os.sched_getaffinity(0)))
-    lowest_of = exchange(comm, exchange(node, comm.Get_rank())[0])
+    local_ranks = exchange(node, announced)
+    if set(local_ranks) != set(range(len(local_ranks))):  # a part of the job, or no launcher
+        local_ranks = list(range(len(local_ranks)))
+    ranks = exchange(node, comm.Get_rank())
+    lowest_of = exchange(comm, ranks[0])
+    first_of = exchange(comm, ranks[local_ranks.index(0)])
     members: dict[int, list[int]] = {}
     for rank, lowest in enumerate(lowest_of):
         members.setdefault(lowest, []).append(rank)
     return Layout(
-        local_rank=local_rank,
+        place=place,
+        local_rank=local_ranks[place],
         local_size=node.Get_size(),
         node_rank=list(members).index(lowest_of[comm.Get_rank()]),
         num_nodes=len(members),
-        cores=cores_per_rank(affinities, local_rank),
+        cores=cores_per_rank(affinities, place),
         crowded=len(affinities) > len({core for cores in affinities for core in cores}),
         nodes=tuple(tuple(ranks) for ranks in members.values()),
+        firsts=tuple(first_of[lowest] for lowest in members),
     )
 
 
-def cores_per_rank(affinities: list[list[int]], local_rank: int) -> int:
-    """Cores that rank ``local_rank`` of a node can count as its own; at least 1.
+def cores_per_rank(affinities: list[list[int]], place: int) -> int:
+    """Cores that a rank of a node can count as its own; at least 1.
 
     Args:
         affinities: The cores each rank of the node may run on. A launcher that binds gives
             disjoint lists; without binding every rank may run everywhere, and they share.
+        place: Which of them the rank is.
     """
-    mine = set(affinities[local_rank])
+    mine = set(affinities[place])
     sharers = sum(1 for other in affinities if mine & set(other))
     return max(1, len(mine) // sharers)

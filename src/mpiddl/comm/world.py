@@ -42,7 +42,7 @@ class World:
     Attributes:
         rank: This process among all, ``0 <= rank < size``.
         size: Number of ranks (the world size).
-        local_rank: This process among those of its node.
+        local_rank: This process among those of its node, in the launcher's order.
         local_size: Ranks on this node.
         node_rank: This node among all, in the order of their lowest ranks.
         num_nodes: Number of nodes.
@@ -83,7 +83,7 @@ class World:
         self._at_close: dict[Callable[[World], None], None] = {}
         self._closed = False
         self._node = _node_of(self._comm)
-        self.layout = find_layout(self._comm, self._node)
+        self.layout = find_layout(self._comm, self._node, launch.local_rank)
         self.windows = Windows(self._comm, self._node)
         self.lane_window = self.windows.allocate(LANE_BYTES) if self.size > 1 else None
         self.reach = find_reach(self._comm, self._node, settings.single_copy)
@@ -258,9 +258,9 @@ def init(comm: MPI.Comm | None = None, *, device: str | torch.device | None = No
     world = World(comm or everyone, launch, settings, place)
     world.gpu_sharers = gpus.sharing(exchange(world._comm, gpus.identity(place)), world.layout)
     gpus.report(world.gpu_sharers, world.rank)
-    if launch.local_rank not in (None, world.local_rank) and comm is None:
+    if launch.local_rank not in (None, world.local_rank) and world.size == everyone.Get_size():
         logger.warning(
-            "%s announced local rank %d, shared memory says %d; the latter counts",
+            "%s announced local rank %d, but those of this node are not 0 to n-1: it is %d",
             launch.launcher,
             launch.local_rank,
             world.local_rank,

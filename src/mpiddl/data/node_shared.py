@@ -122,7 +122,7 @@ class NodeSharedDataset(Dataset[tuple[torch.Tensor, ...]]):
 
 def _agree(arrays: Sequence[Array], root: int | None, world: World) -> tuple[Field, ...]:
     """What those who have data have, the same on all. Collective."""
-    sources = [ranks[0] for ranks in world.layout.nodes] if root is None else [root]
+    sources = list(world.layout.firsts) if root is None else [root]
     who = "the first rank of every node" if root is None else f"the root, rank {root},"
     kinds: list[list[Any]] = []
     problem = None

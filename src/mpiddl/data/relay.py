@@ -49,7 +49,9 @@ def check_same_root(root: int | None, world: World) -> None:
 
 def writers_of(world: World, root: int | None) -> list[int]:
     """The rank of each node that writes for it: ``root`` on its own, elsewhere the first."""
-    return [root if root in ranks else ranks[0] for ranks in world.layout.nodes]
+    layout = world.layout
+    pairs = zip(layout.nodes, layout.firsts, strict=True)
+    return [root if root in ranks else first for ranks, first in pairs]
 
 
 class Relay:

@@ -44,7 +44,7 @@ class HostDevice:
         window = world.windows.allocate(max(1, nbytes)) if world.lane_window else None
         if window is None or not length:
             return torch.empty(length, dtype=dtype, device="cpu")
-        start = world.local_rank * window.part_bytes
+        start = world.layout.place * window.part_bytes
         return torch.frombuffer(window.memory, dtype=dtype, count=length, offset=start)
 
     @contextmanager

@@ -12,6 +12,7 @@ import torch
 from mpiddl import checkpoint
 from mpiddl.checkpoint.folders import checkpoints, remove
 from mpiddl.checkpoint.tensors import check_model, write_model
+from mpiddl.comm.failure import LeaveTogether
 from mpiddl.comm.world import World
 from mpiddl.data.batches import ShardBatchSampler
 from mpiddl.errors import CheckpointError, OutputError
@@ -149,7 +150,7 @@ class Run:
             means: What was measured, as means over these samples.
 
         Raises:
-            SystemExit: After SIGUSR1, once a checkpoint is saved: with status 75, on every rank.
+            LeaveTogether: After SIGUSR1, once a checkpoint is saved: with status 75, on every rank.
         """
         self._sums.add(samples, means)
         self.steps += 1
@@ -211,7 +212,7 @@ class Run:
                 flush=True,
             )
         barrier(world=self._world)
-        raise SystemExit(TRY_AGAIN)  # all ranks leave: there is no job to end
+        raise LeaveTogether(TRY_AGAIN)
 
     # How it ends.
 

@@ -104,7 +104,7 @@ def _mpi(world: World, test: bool) -> dict[str, Any]:
         described["library"] or "",
         described["path"],
         world.device.index or 0,
-        test=test and world.local_rank == 0,
+        test=test and world.layout.place == 0,
     )
     return {
         **described,

@@ -80,8 +80,8 @@ def peer_bandwidth(
 
     Returns:
         A dictionary for each rank, in rank order: ``hostname``, ``node_rank``, ``local_rank``, and
-        ``from_gbps``, in 1e9 bytes/s from each local rank, None from itself. None instead of all
-        that if ranks cannot map each other's memory, or share no node.
+        ``from_gbps``, in 1e9 bytes/s from each rank of the node, None from itself. None instead of
+        all that if ranks cannot map each other's memory, or share no node.
     """
     device = device_at(world.device)
     source, target = (device.empty(nbytes, torch.uint8, world) for _ in range(2))
@@ -93,7 +93,7 @@ def peer_bandwidth(
     views = device.mapped(world).views(number, [offset] * size, nbytes, torch.uint8)
     rates: list[float | None] = [None] * size
     for distance in range(1, most):
-        peer = (world.local_rank + distance) % size
+        peer = (world.layout.place + distance) % size
 
         def copy(peer: int = peer, takes_part: bool = distance < size) -> Wait:
             for _ in range(COPIES if takes_part else 0):

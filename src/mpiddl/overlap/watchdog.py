@@ -1,13 +1,15 @@
-"""No hang: who waits too long says for what, and ends the job.
+"""No hang: who waits too long, or in vain, says for what, and ends the job.
 
 A thread of its own looks every now and then whether this rank waits for others and nothing
 moves. It makes no MPI calls, for MPI may be what is stuck. The ranks of a node see each other's
-state in shared memory, so that a rank that is waited for says where it is, too.
+state in shared memory, so that a rank that is waited for says where it is, too, and one that has
+died without a word is missed within seconds.
 """
 
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import sys
 import threading
@@ -16,7 +18,7 @@ import weakref
 from collections.abc import Callable
 
 from mpiddl import progress
-from mpiddl.comm import flight
+from mpiddl.comm import failure, flight
 from mpiddl.comm.heartbeats import Beat, State
 from mpiddl.comm.world import World, current_world, is_running
 from mpiddl.events import Kind, recorder
@@ -30,6 +32,8 @@ FIRST_STEP_FACTOR = 3
 GRACE_SECONDS = 5.0
 """After the report, for the reports of others."""
 LAST_WORDS_SECONDS = 0.5
+VAIN_SECONDS = 5.0
+"""How long nothing moves where all ranks wait, but those whose programs have ended."""
 STATUS = 1
 
 
@@ -41,7 +45,8 @@ class Watchdog:
 
     Args:
         world: Whose ranks are named.
-        timeout: Seconds; three times as many until the first backward is complete.
+        timeout: Seconds; three times as many until the first backward is complete; infinite where
+            only lost ranks matter.
     """
 
     def __init__(self, world: World, timeout: float) -> None:
@@ -71,9 +76,37 @@ class Watchdog:
         self._count()
         state = State.WAITS if progress.is_waiting() else State.RUNS
         self._tell(state, report.summary(_describers()))  # may be the last: ranks can be stopped
-        given_up = any(beat.state is State.GAVE_UP for beat in self._beats())
-        if self._stuck >= self._limit() or given_up:
-            self._end_job()
+        beats = self._beats()
+        lost = self._lost(beats)
+        if lost:
+            ranks = self._world.layout.nodes[self._world.node_rank]
+            who = ", ".join(f"rank {ranks[place]}" for place in lost)
+            self._end_job(f"misses {who}: its process is gone (killed, or ended by a library)")
+        elif self._waits_in_vain(beats):
+            self._end_job("waits, as all do that are left: nobody can come any more")
+        elif self._stuck >= self._limit():
+            self._end_job(f"{self._waited()} ({self._setting()})")
+        elif any(beat.state is State.GAVE_UP for beat in beats):
+            self._end_job(self._waited() if progress.is_waiting() else "is waited for")
+
+    def _lost(self, beats: list[Beat]) -> list[int]:
+        """Ranks of this node, by place, that have gone without a farewell."""
+        heartbeats = flight.heartbeats()
+        if heartbeats is None:
+            return []
+        quiet_since = time.monotonic_ns() - int(2e9 * self._tick)
+        return [
+            place
+            for place, beat in enumerate(beats)
+            if beat.state < State.GAVE_UP and beat.at < quiet_since and heartbeats.is_gone(place)
+        ]
+
+    def _waits_in_vain(self, beats: list[Beat]) -> bool:
+        """Whether the ranks that are left all wait, for long, and all are on this node."""
+        if self._world.num_nodes > 1 or self._stuck < VAIN_SECONDS:
+            return False
+        left = [beat for beat in beats if beat.state is not State.LEFT]
+        return len(left) < len(beats) and all(beat.stuck >= VAIN_SECONDS * 1e9 for beat in left)
 
     def _count(self) -> None:
         now, signs = time.monotonic(), (progress.moves(), recorder.count)
@@ -96,24 +129,28 @@ class Watchdog:
         heartbeats = flight.heartbeats()
         return [] if heartbeats is None else heartbeats.read()
 
-    def _end_job(self) -> None:
-        """Report, let others report, leave. MPI is not asked: it may never answer."""
-        world = self._world
-        who = f"rank {world.rank} of {world.size} on {world.hostname}"
-        if progress.is_waiting():
-            what = f"has waited for {format_seconds(self._stuck)} and nothing moved"
-        else:
-            what = "is waited for"
+    def _waited(self) -> str:
+        return f"has waited for {format_seconds(self._stuck)} and nothing moved"
+
+    def _setting(self) -> str:
         setting = f"MPIDDL_TIMEOUT is {format_seconds(self._timeout)}"
         if not recorder.latest[Kind.BACKWARD_END]:
             setting += f", {FIRST_STEP_FACTOR} times that before the first step is complete"
-        text = [f"mpiddl: {who} {what}; ending the job ({setting})"]
-        text += report.lines(world, self._beats(), _describers(), 5 * self._tick)
+        return setting
+
+    def _end_job(self, why: str) -> None:
+        """Report, let others report, leave. MPI is not asked: it may never answer."""
+        world = self._world
+        who = f"rank {world.rank} of {world.size} on {world.hostname}"
+        text = [f"mpiddl: {who} {why}; ending the job"]
+        beats = self._beats()
+        lost = self._lost(beats)
+        text += report.lines(world, beats, lost, _describers(), 5 * self._tick)
         text += [flight.hint()]
         self._tell(State.GAVE_UP, report.summary(_describers()))
         _say("\n  ".join(text) + "\n")
         self._wait_for_others()
-        os._exit(STATUS)
+        failure.end_process(STATUS)
 
     def _wait_for_others(self) -> None:
         until = time.monotonic() + min(GRACE_SECONDS, max(1.0, self._timeout))
@@ -123,8 +160,11 @@ class Watchdog:
 
     def _all_have_spoken(self) -> bool:
         alive_since = time.monotonic_ns() - int(5e9 * self._tick)
+        beats = self._beats()
+        lost = self._lost(beats)
         on_this_node = all(
-            beat.state >= State.GAVE_UP or beat.at < alive_since for beat in self._beats()
+            beat.state >= State.GAVE_UP or beat.at < alive_since or place in lost
+            for place, beat in enumerate(beats)
         )
         return on_this_node and self._world.num_nodes == 1
 
@@ -165,7 +205,6 @@ def start(world: World) -> None:
     global _watchdog
     if is_running():
         world = current_world()  # and not a part of it
-    timeout = world.settings.timeout
-    if _watchdog is None and timeout > 0 and world.size > 1:
-        _watchdog = Watchdog(world, timeout)
+    if _watchdog is None and world.size > 1:
+        _watchdog = Watchdog(world, world.settings.timeout or math.inf)
         atexit.register(_watchdog.stop)

@@ -49,13 +49,18 @@ def described(describers: Describers) -> str:
 
 
 def lines(
-    world: World, beats: Sequence[Beat], describers: Describers, alive_seconds: float
+    world: World,
+    beats: Sequence[Beat],
+    lost: Sequence[int],
+    describers: Describers,
+    alive_seconds: float,
 ) -> list[str]:
     """The report of this rank, after its first line.
 
     Args:
         world: Whose ranks are named.
         beats: Of the ranks of this node.
+        lost: Places of those whose processes are gone.
         describers: Say what this rank's models do.
         alive_seconds: A rank that has been silent for longer may be stopped or dead.
     """
@@ -68,7 +73,8 @@ def lines(
         others = [pair for pair in zip(ranks, beats, strict=True) if pair[0] != world.rank]
         waiting = [pair for pair in others if pair[1].stuck and _silence(pair[1]) < alive_seconds]
         shown = [pair for pair in others if pair not in waiting[MOST_WAITING:]]
-        text += [_of(rank, beat, alive_seconds) for rank, beat in shown]
+        gone = {ranks[place] for place in lost}
+        text += [_of(rank, beat, alive_seconds, rank in gone) for rank, beat in shown]
         if len(shown) < len(others):
             text += [f"{len(others) - len(shown)} more ranks of this node wait too"]
     if world.num_nodes > 1:
@@ -79,9 +85,11 @@ def lines(
     return text
 
 
-def _of(rank: int, beat: Beat, alive_seconds: float) -> str:
+def _of(rank: int, beat: Beat, alive_seconds: float, gone: bool) -> str:
     silent = _silence(beat)
-    if beat.state is State.LEFT:
+    if gone:
+        said = f"rank {rank} is gone since {format_seconds(silent)}"
+    elif beat.state is State.LEFT:
         said = f"rank {rank} is not there: its program has ended"
     elif beat.state is State.STARTS:
         said = f"rank {rank} has called no collective yet"

@@ -57,7 +57,7 @@ class CudaWindows:
     def __init__(self, runtime: Runtime, world: World) -> None:
         self._runtime = runtime
         self._comm, self._node = world.comms
-        self._rank, self._node_rank, self._size = world.rank, world.local_rank, world.local_size
+        self._rank, self._node_rank, self._size = world.rank, world.layout.place, world.local_size
         self._made = 0
         self._known: dict[int, _Part] = {}
         self._starts: list[tuple[int, int]] = []  # addresses of own parts, ascending; number
