@@ -42,15 +42,15 @@ def preempt_by_urgent_jobs(job):
     )
 
 
-def test_a_preempted_job_goes_on_where_it_was(run, submit, tmp_path):
-    run("multi_node", RANKS, [DIGITS, *flags(tmp_path / "undisturbed")])
-
+def test_a_preempted_job_goes_on_where_it_was(submit, tmp_path):
     out = tmp_path / "out"
+    undisturbed = submit("multi_node", RANKS, [DIGITS, *flags(tmp_path / "undisturbed")])
     job = submit("preemptible", RANKS, [HELD, 2, *flags(out)])
     for epoch, preempt in enumerate([preempt_by_hand, preempt_by_urgent_jobs], start=1):
         job.until_it_says(f"epoch   {epoch}/")
         preempt(job)
         job.until(lambda times=epoch: len(steps_saved(job)) == times, "saved")
+        assert undisturbed.until_over() == "COMPLETED", undisturbed.output  # while the other waits
     assert job.until_over() == "COMPLETED", job.output
 
     assert job.restarts == 2
