@@ -312,7 +312,7 @@ FAULTS = (
     Fault(
         "checkpoint: checksums are not looked at",
         "checkpoint/folders.py",
-        "read_index(path).verify(path)",
+        "read_index(path).verify(path, tick)",
         "read_index(path)",
         CHECKPOINT,
     ),
