@@ -13,6 +13,9 @@ import psutil
 import pytest
 from conftest import MPIRUN
 
+SOON = 20.0
+"""Seconds; on an idle machine less than one."""
+
 WORK_FOR_EVER = """
     import sys, time, torch, mpiddl
     world = mpiddl.init()
@@ -32,6 +35,7 @@ def seconds_to_end(job):
     return job.ended_at - float(failing_at.group(1))
 
 
+@pytest.mark.library
 def test_an_exception_names_rank_host_and_traceback(start, shared_memory_files):
     job = start(3, WORK_FOR_EVER.format(action="raise KeyError('the cause')"))
 
@@ -39,10 +43,11 @@ def test_an_exception_names_rank_host_and_traceback(start, shared_memory_files):
     assert f"rank 1 of 3 on {os.uname().nodename} failed" in job.err
     assert "KeyError: 'the cause'" in job.err
     assert "script.py" in job.err
-    assert seconds_to_end(job) < 2
+    assert seconds_to_end(job) < SOON
     assert shared_memory_files() == set()
 
 
+@pytest.mark.library
 @pytest.mark.by_day(1)
 @pytest.mark.parametrize(
     ("action", "status"),
@@ -54,10 +59,11 @@ def test_a_status_of_one_rank_is_the_jobs(start, shared_memory_files, action, st
     assert job.status == status, job.both
     assert f"rank 1 of 3 on {os.uname().nodename} exited with status {status}" in job.err
     assert "no data" in job.err or "no data" not in action
-    assert seconds_to_end(job) < 2
+    assert seconds_to_end(job) < SOON
     assert shared_memory_files() == set()
 
 
+@pytest.mark.library
 @pytest.mark.by_day(2)
 @pytest.mark.parametrize(
     ("action", "words"),
@@ -117,7 +123,7 @@ def test_other_ways_to_leave(start, action, words):
     job = start(2, f"def leave():\n    import sys\n{indented(action)}\n{textwrap.dedent(code)}")
 
     assert words in job.err, job.both
-    assert seconds_to_end(job) < 2
+    assert seconds_to_end(job) < SOON
 
 
 def indented(action):
@@ -144,6 +150,7 @@ thread.join()
     ],
     ids=["nothing", "zero", "caught", "in a thread"],
 )
+@pytest.mark.library
 @pytest.mark.by_day(2)
 def test_leaving_without_a_status_is_no_failure(start, action):
     job = start(2, f"import sys, mpiddl\nmpiddl.init()\nmpiddl.barrier()\n{action}")
@@ -178,7 +185,7 @@ WAIT_IN_MPI = """
 )
 def test_ways_that_pass_by_sys_exit(start, action, status, words):
     # Without torch: its import would take longer than all else.
-    job = start(2, WAIT_IN_MPI.format(action=action), env={"OMP_NUM_THREADS": "1"}, timeout=60)
+    job = start(2, WAIT_IN_MPI.format(action=action), env={"OMP_NUM_THREADS": "1"})
 
     assert job.status == status, job.both
     assert f"rank 1 of 2 on {os.uname().nodename} {words}" in job.err
@@ -200,7 +207,7 @@ def test_an_error_before_a_work_completes_ends_the_job(start):
         job = start(2, code, env={"MPIDDL_ENGINE": engine})
         assert job.status != 0
         assert "ValueError: in flight" in job.err
-        assert seconds_to_end(job) < 2
+        assert seconds_to_end(job) < SOON
 
 
 def running_job(tmp_path, code):
@@ -245,31 +252,33 @@ def alive(pids):
 
 
 def wait_until_gone(pids):
-    deadline = time.time() + 5
+    deadline = time.time() + SOON
     while alive(pids) and time.time() < deadline:
         time.sleep(0.02)
     return not alive(pids)
 
 
+@pytest.mark.library
 def test_ctrl_c_leaves_no_process_and_no_file(tmp_path, clean_environment, shared_memory_files):
     job, pids = running_job(tmp_path, AT_WORK)
 
     os.killpg(job.pid, signal.SIGINT)  # as a terminal does
 
     assert wait_until_gone(pids), "ranks survived"
-    output = end_of(job, pids, 5)
+    output = end_of(job, pids, SOON)
     assert job.returncode != 0, output
     assert "Traceback" not in output
     assert shared_memory_files() == set()
 
 
+@pytest.mark.library
 def test_a_killed_rank_ends_the_job(tmp_path, clean_environment):
     job, pids = running_job(tmp_path, AT_WORK)
 
     os.kill(pids[1], signal.SIGKILL)
 
     assert wait_until_gone(pids), "a rank survived"
-    end_of(job, pids, 5)
+    end_of(job, pids, SOON)
     assert job.returncode != 0
 
 
@@ -291,7 +300,7 @@ def test_an_exception_inside_join_ends_the_job(start):
     assert job.status != 0
     assert "rank 1 of 3" in job.err
     assert "KeyError: 'the cause'" in job.err
-    assert seconds_to_end(job) < 2
+    assert seconds_to_end(job) < SOON
 
 
 def test_a_rank_that_leaves_first_still_does_its_part(start):
@@ -321,4 +330,3 @@ def test_what_all_ranks_meet_is_said_once(start):
     job = start(3, "import mpiddl\nmpiddl.ShardBatchSampler(1, mpiddl.init(), batch_size=4)\n")
     assert job.status != 0
     assert job.both.count("1 samples for 3 ranks") == 1, job.both
-    assert job.seconds < 60

@@ -21,6 +21,7 @@ only_open_mpi = pytest.mark.skipif(ANOTHER_MPI, reason="without a launcher Open 
 with_one_mpi = pytest.mark.skipif(ANOTHER_MPI, reason="the same with every MPI")
 
 
+@pytest.mark.library
 def test_a_job_is_quiet(start):
     job = start(2, REPORT)
 
@@ -87,6 +88,7 @@ def test_an_unknown_setting_is_refused_with_the_nearest(start):
     assert "did you mean MPIDDL_ALGORITHM" in job.both
 
 
+@pytest.mark.library
 def test_rank_0s_settings_count_for_all(start):
     code = """
         import os
@@ -203,6 +205,7 @@ def test_a_fork_is_warned_about_once(start):
 EACH_STATUS = 'python -m mpiddl doctor {} ; echo "status $?"'
 
 
+@pytest.mark.library
 def test_usage_errors_are_printed_once_and_every_rank_exits_2(start):
     job = start(3, ["sh", "-c", EACH_STATUS.format("--no-such-flag")])
 
@@ -217,6 +220,7 @@ def test_help_is_printed_once(start):
     assert job.out.count("status 0") == 3
 
 
+@pytest.mark.library
 def test_doctor_reports_all_ranks_once(start):
     job = start(3, ["python", "-m", "mpiddl", "doctor", "--json"])
 

@@ -85,6 +85,7 @@ def test_without_shared_memory_messages_do_it(start_with):
     assert job.stderr.count("no shared memory") == 1, job.stderr
 
 
+@pytest.mark.library
 def test_interpreter_ends_while_buffers_live(start, shared_memory_files):
     job = start(
         3,
@@ -106,6 +107,7 @@ def test_interpreter_ends_while_buffers_live(start, shared_memory_files):
     assert shared_memory_files() == set()
 
 
+@pytest.mark.library
 def test_nothing_stays_behind_when_ranks_are_killed(tmp_path, shared_memory_files):
     script = tmp_path / "script.py"
     script.write_text(

@@ -40,6 +40,7 @@ def recorders(tmp_path):
     return sorted(path.name for path in tmp_path.glob(f"mpiddl-{os.getuid()}/*/*.events"))
 
 
+@pytest.mark.library
 def test_a_rank_stuck_in_its_data_loader(start, tmp_path):
     job = run(start, tmp_path, TRAIN.format(action="time.sleep(1000)"), MPIDDL_ENGINE="thread")
 
@@ -81,6 +82,7 @@ def test_a_stopped_rank(start, tmp_path):
     assert "rank 1 is late: no sign of life for" in said_by(job, 2)
 
 
+@pytest.mark.library
 def test_a_rank_whose_end_no_launcher_sees(start, tmp_path):
     """Its shell lives on: only the ranks of its node can know."""
     script = tmp_path / "gone.py"
