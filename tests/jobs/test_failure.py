@@ -183,6 +183,7 @@ WAIT_IN_MPI = """
     ],
     ids=["SystemExit", "imported exit", "256, and a handler that waits", "os._exit"],
 )
+@pytest.mark.library
 def test_ways_that_pass_by_sys_exit(start, action, status, words):
     # Without torch: its import would take longer than all else.
     job = start(2, WAIT_IN_MPI.format(action=action), env={"OMP_NUM_THREADS": "1"})
