@@ -9,7 +9,7 @@ from typing import Any
 import numpy
 import torch
 
-__all__ = ["decode", "encode", "gapless"]
+__all__ = ["decode", "encode", "gapless", "overwrite"]
 
 
 def encode(value: Any, where: str) -> tuple[Any, list[torch.Tensor]]:
@@ -96,8 +96,17 @@ def decode(value: Any, tensors: Sequence[torch.Tensor]) -> Any:
 
 
 def gapless(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` itself where its elements are one piece of memory, else a copy that is."""
-    tensor = tensor.detach()
+    """``tensor`` itself where its elements are one piece of memory that holds their values (and
+    not their conjugates), else a copy that is."""
+    tensor = tensor.detach().resolve_conj().resolve_neg()
     if tensor.stride() == torch.empty_like(tensor, device="meta").stride():
         return tensor
     return tensor.contiguous()
+
+
+def overwrite(tensor: torch.Tensor, values: torch.Tensor) -> None:
+    """``tensor.copy_(values)`` of the same shape, where ``tensor`` may be expanded too."""
+    for dim, stride in enumerate(tensor.stride()):
+        if stride == 0 and tensor.shape[dim] > 1:
+            tensor, values = tensor.narrow(dim, 0, 1), values.narrow(dim, 0, 1)
+    tensor.copy_(values)

@@ -16,7 +16,7 @@ from mpiddl.devices.registry import device_of
 from mpiddl.errors import GradientError, UnsupportedBufferError
 from mpiddl.events import Kind, describe, record
 from mpiddl.overlap.control import Control
-from mpiddl.training.state import named_state
+from mpiddl.training.state import named_state, why_not_plain
 
 __all__ = [
     "NotWrapped",
@@ -69,6 +69,13 @@ def trained_parameters(
         )
     first, place = named[0][0], named[0][1].device
     for name, tensor in named_state(module):
+        problem = why_not_plain(tensor)
+        if problem is not None:
+            raise UnsupportedBufferError(
+                f"{name!r} is {problem}, which ranks cannot exchange. Keep it as a plain attribute "
+                "of its module, register its parts (indices and values, say) as dense buffers, or "
+                "run one forward before wrapping where it has no shape yet"
+            )
         if tensor.device != place:
             raise UnsupportedBufferError(
                 f"{name!r} is on {tensor.device}, but {first!r} on {place}; move the whole model "
