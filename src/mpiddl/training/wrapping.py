@@ -26,6 +26,7 @@ __all__ = [
     "detach",
     "trained_parameters",
     "watched_parameters",
+    "wrapper_of",
 ]
 
 
@@ -197,6 +198,12 @@ def attach(
         if frozen:
             parameter.requires_grad_(False)
         _hooks[id(parameter)] = _Hooked(reference, handle, reduces)
+
+
+def wrapper_of(parameter: torch.Tensor) -> Any:
+    """Who reduces the gradients of ``parameter``; None if nobody does."""
+    hooked = _hooks.get(id(parameter))
+    return hooked.wrapper() if hooked is not None and hooked.reduces else None
 
 
 class NotWrapped:
