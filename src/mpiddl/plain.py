@@ -11,7 +11,7 @@ from typing import Any
 import numpy
 import torch
 
-__all__ = ["decode", "digest", "encode", "gapless", "place_of"]
+__all__ = ["decode", "digest", "encode", "gapless", "overwrite", "place_of"]
 
 COLUMNS = 1024
 WORD = 8  # bytes
@@ -123,8 +123,9 @@ def place_of(number: int, value: Any) -> str | None:
 
 
 def gapless(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` itself where its elements are one piece of memory, else a copy that is."""
-    tensor = tensor.detach()
+    """``tensor`` itself where its elements are one piece of memory that holds their values (and
+    not their conjugates), else a copy that is."""
+    tensor = tensor.detach().resolve_conj().resolve_neg()
     if tensor.stride() == torch.empty_like(tensor, device="meta").stride():
         return tensor
     return tensor.contiguous()
@@ -145,3 +146,11 @@ def digest(tensor: torch.Tensor) -> str:
     hashed = hashlib.blake2b(sums.cpu().numpy().data, digest_size=16)
     hashed.update(data[whole:].cpu().numpy().data)
     return f"{hashed.hexdigest()} {flat.dtype} {tuple(flat.shape)} {flat.stride()}"
+
+
+def overwrite(tensor: torch.Tensor, values: torch.Tensor) -> None:
+    """``tensor.copy_(values)`` of the same shape, where ``tensor`` may be expanded too."""
+    for dim, stride in enumerate(tensor.stride()):
+        if stride == 0 and tensor.shape[dim] > 1:
+            tensor, values = tensor.narrow(dim, 0, 1), values.narrow(dim, 0, 1)
+    tensor.copy_(values)

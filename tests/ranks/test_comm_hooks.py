@@ -67,6 +67,24 @@ def test_a_hook_replaces_the_all_reduce(world, agree, engine, bucket_size):
     agree(all(map(torch.allclose, got, want)))
 
 
+def test_a_hook_sees_the_names_of_its_bucket_after_freezing(world, agree):
+    model = mpiddl.DataParallel(make(), bucket_size=700)
+    seen = {}
+
+    def hook(state, bucket):
+        seen.update(dict.fromkeys(bucket.names))
+        yield from bucket.all_reduce(bucket.buffer, weight=bucket.weight)
+
+    model.register_comm_hook(None, hook)
+    for frozen in ("0.", "2.", ""):
+        for name, parameter in model.module.named_parameters():
+            parameter.requires_grad_(not frozen or not name.startswith(frozen))
+        seen.clear()
+        loss(model, world.rank).backward()
+        want = {name for name, p in model.module.named_parameters() if p.requires_grad}
+        agree(set(seen) == want, f"{frozen!r} is frozen: {sorted(seen)}")
+
+
 def test_bf16_on_the_wire_is_rounded_twice_at_most(world, agree):
     model = mpiddl.DataParallel(make(), bucket_size=700)
     model.register_comm_hook(None, bf16_compress)

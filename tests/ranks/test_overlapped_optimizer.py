@@ -212,6 +212,53 @@ class Counting(torch.optim.SGD):
         super().step()
 
 
+class Averaging(torch.optim.SGD):
+    """Evaluates an average of the weights, as schedule-free optimizers do: swaps them in place."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.num_swaps = 0
+
+    @torch.no_grad()
+    def swap(self):
+        self.num_swaps += 1
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                average = self.state[parameter].setdefault("average", torch.zeros_like(parameter))
+                average.lerp_(parameter, 0.5)
+                kept = parameter.clone()
+                parameter.copy_(average)
+                average.copy_(kept)
+
+    @property
+    def largest(self):
+        return max(p.abs().max().item() for group in self.param_groups for p in group["params"])
+
+
+def test_the_optimizers_own_methods_come_after_the_steps_that_are_owed(world, agree):
+    torch.manual_seed(5)
+    nets = [nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)), nn.Linear(64, 1))]
+    nets.append(copy.deepcopy(nets[0]))
+    models = [mpiddl.DataParallel(net, bucket_size=8192) for net in nets]
+    optimizers = [
+        Averaging(models[0].parameters(), lr=0.1),
+        mpiddl.OverlappedOptimizer(Averaging, models[1], lr=0.1),
+    ]
+    seen = []
+    for step in range(4):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            swap = optimizer.swap  # looked up before the step, called after it
+            inputs = torch.randn(4, 64, generator=seeded(step + world.rank))
+            optimizer.zero_grad()
+            model(inputs).square().mean().backward()
+            optimizer.step()
+            seen.append(optimizer.largest)
+            swap()
+    agree(seen[::2] == seen[1::2], seen)
+    agree(same(*nets) and optimizers[1].num_swaps == 4)
+    assert not hasattr(optimizers[1], "no_such_thing")
+
+
 class Words(nn.Module):
     """With a sparse gradient, which is not in any bucket."""
 

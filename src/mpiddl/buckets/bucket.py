@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 
 from mpiddl.buckets.plan import PlannedBucket
 from mpiddl.devices.base import Buffer
@@ -26,18 +27,31 @@ class Bucket:
         number: In plan order.
         buffer: The gradients' memory.
         members: Parameters (their places in the model) whose gradients are in it.
+        names: The names of these parameters.
         together: Those of them that are brought in when the last gradient is here.
         num_missing: How many of their gradients are not here yet.
         state: What has become of it in this step.
         callers: The streams on which its gradients came.
     """
 
-    __slots__ = ("buffer", "callers", "members", "num_missing", "number", "state", "together")
+    __slots__ = (
+        "buffer",
+        "callers",
+        "members",
+        "names",
+        "num_missing",
+        "number",
+        "state",
+        "together",
+    )
 
-    def __init__(self, number: int, planned: PlannedBucket, buffer: Buffer) -> None:
+    def __init__(
+        self, number: int, planned: PlannedBucket, names: Sequence[str], buffer: Buffer
+    ) -> None:
         self.number = number
         self.buffer = buffer
         self.members = planned.members
+        self.names = names
         self.together: list[int] = []
         self.callers: set[int] = set()
         self.reset()

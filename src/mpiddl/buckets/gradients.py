@@ -85,7 +85,12 @@ class Gradients:
         self.device = next((device_of(arena) for arena in arenas.values()), HOST)
         self._parameters = parameters
         self.buckets = [
-            Bucket(number, planned, arenas[planned.dtype][planned.start : planned.stop])
+            Bucket(
+                number,
+                planned,
+                [plan.parameters[member].name for member in planned.members],
+                arenas[planned.dtype][planned.start : planned.stop],
+            )
             for number, planned in enumerate(plan.buckets)
         ]
         self.views = [

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mpiddl.collectives import objects
 from mpiddl.collectives.all_gather import all_gather
-from mpiddl.collectives.broadcast import broadcast
 from mpiddl.collectives.channel import Channel
 from mpiddl.collectives.choose import chunk_bytes_for
 from mpiddl.collectives.doubling import doubling_all_reduce
 from mpiddl.collectives.reduction import Reduction
 from mpiddl.comm.world import World
-from mpiddl.devices.base import Buffer
+from mpiddl.devices.base import Buffer, Device
 from mpiddl.devices.host import HOST
 from mpiddl.devices.registry import device_of
 from mpiddl.overlap.engine import engine_of
@@ -25,7 +24,7 @@ __all__ = ["Control"]
 
 class Control:
     """Collectives on message tags of their own, so that those of two models never meet,
-    in whatever order their backwards end. One at a time, but for ``broadcast``.
+    in whatever order their backwards end. One at a time, but for ``in_background``.
 
     Args:
         world: The ranks.
@@ -33,7 +32,7 @@ class Control:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self.rank = world.rank
+        self.rank, self.size = world.rank, world.size
         self._engine = engine_of(world)
         self._tags = world.tags.keep(2)
         self._channel, self._background = (Channel(world, tag) for tag in self._tags)
@@ -63,11 +62,14 @@ class Control:
         device = device_of(gathers[0][0]) if gathers else HOST
         self._engine.run(one_after_the_other(), self._world, device)
 
-    def broadcast(self, buffer: Buffer, root: int) -> Work:
-        """Start to copy rank ``root``'s ``buffer`` to every rank; one such at a time."""
-        device = device_of(buffer)
-        chunk_bytes = chunk_bytes_for(device, self._world)
-        waits = broadcast(buffer, root, self._background, chunk_bytes)
+    def in_background(
+        self, collective: Callable[[Channel, int], Waits[None]], device: Device
+    ) -> Work:
+        """Start what ``collective`` makes of messages and their chunk size; one such at a time.
+
+        ``device`` is whose memory the caller leaves to it.
+        """
+        waits = collective(self._background, chunk_bytes_for(device, self._world))
         return self._engine.submit(waits, self._world, device=device)
 
     def close(self) -> None:

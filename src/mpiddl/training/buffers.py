@@ -2,14 +2,52 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
+import struct
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
 import torch
 
-from mpiddl.collectives.channel import bytes_of
+from mpiddl.collectives.broadcast import broadcast
+from mpiddl.collectives.channel import Channel, bytes_of
+from mpiddl.devices.base import Buffer, Device
+from mpiddl.devices.registry import device_of
+from mpiddl.log import logger
 from mpiddl.overlap.control import Control
 from mpiddl.overlap.work import Work
-from mpiddl.plain import gapless
+from mpiddl.plain import gapless, overwrite
+from mpiddl.training.state import why_not_plain
+from mpiddl.waits import Waits
 
 __all__ = ["BufferBroadcast"]
+
+HEADER = struct.Struct("<QQ32s")
+"""Bytes of all buffers, bytes of their description, and its digest."""
+
+
+class _Placed(NamedTuple):
+    """A buffer in the packed bytes.
+
+    Attributes:
+        name: As in ``named_buffers()``.
+        dtype: For example ``"float32"``.
+        shape: Its shape.
+        strides: Of its elements there.
+        nbytes: Its size there.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    nbytes: int
+
+    def fits(self, target: torch.Tensor) -> bool:
+        """Whether ``target`` can have its values."""
+        return (self.dtype, list(self.shape)) == (_name_of(target.dtype), list(target.shape))
 
 
 class BufferBroadcast:
@@ -18,8 +56,12 @@ class BufferBroadcast:
     At the end of backward, which every rank reaches, and not before forward, which a rank
     without samples leaves out: evaluation on one rank alone waits for nobody.
 
+    Ranks may have other buffers than rank 0, or some of another size: caches that grow with the
+    longest sequence seen, or are made when they are needed first. Those stay a rank's own. So a
+    header goes first, and the names and shapes of rank 0's whenever they have changed.
+
     Args:
-        module: Its buffers may be replaced, but every rank has the same ones.
+        module: It has buffers on every rank, or on none. They may be replaced.
         control: Carries them.
     """
 
@@ -27,19 +69,72 @@ class BufferBroadcast:
         self._module = module
         self._control = control
         self._work: Work | None = None
-        self._targets: list[torch.Tensor] = []
+        self._place = next(module.parameters()).device
+        self._active = control.size > 1 and any(True for _ in module.buffers())
+        self._warned: set[str] = set()
+        self._targets: dict[str, torch.Tensor] = {}
+        self._seen: Sequence[tuple[object, ...]] = []  # the targets, as they were described last
+        self._own: list[_Placed] = []
+        self._own_digest = b""
+        self._roots: list[_Placed] = []  # rank 0's, as it described them last
+        self._roots_digest = b""
         self._mine = False
-        self._packed = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self._packed = torch.empty(0, dtype=torch.uint8, device=self._place)
 
     def start(self, root: int = 0) -> None:
         """Take rank ``root``'s as they are now."""
-        self._targets = [buffer for buffer in self._module.buffers() if buffer.numel()]
-        if not self._targets:
+        if not self._active:
             return
+        self._targets = dict(self._module.named_buffers())
+        self._describe()
+        pieces = [bytes_of(gapless(self._targets[placed.name])) for placed in self._own]
         with torch.no_grad():
-            self._packed = torch.cat([bytes_of(gapless(buffer)) for buffer in self._targets])
-        self._work = self._control.broadcast(self._packed, root)
+            self._packed = torch.cat(pieces) if pieces else self._packed[:0]
         self._mine = root == self._control.rank
+        device = device_of(self._packed)
+        exchange = functools.partial(self._exchange, root, device)
+        self._work = self._control.in_background(exchange, device)
+
+    def _describe(self) -> None:
+        """Note where this rank's buffers are among the packed bytes."""
+        seen = [
+            (name, buffer.dtype, buffer.device, buffer.layout, buffer.shape, _strides(buffer))
+            for name, buffer in self._targets.items()
+        ]
+        if seen == self._seen:
+            return
+        self._seen, self._own = seen, []
+        for name, buffer in self._targets.items():
+            problem = why_not_plain(buffer)
+            if problem is None and buffer.device != self._place:
+                problem = f"on {buffer.device}, not on {self._place}"
+            if problem is not None:
+                self._warn(name, f"is {problem}")
+            elif buffer.numel():
+                shape, strides = tuple(buffer.shape), gapless(buffer).stride()
+                nbytes = buffer.numel() * buffer.itemsize
+                self._own.append(_Placed(name, _name_of(buffer.dtype), shape, strides, nbytes))
+        self._own_digest = hashlib.sha256(_as_text(self._own)).digest()
+
+    def _exchange(
+        self, root: int, device: Device, channel: Channel, chunk_bytes: int
+    ) -> Waits[None]:
+        # What is made here is used in other modes too.
+        with torch.inference_mode(mode=False), torch.no_grad():
+            text = _as_text(self._own) if self._own_digest != self._roots_digest else b""
+            header = _buffer_of(HEADER.pack(len(self._packed), len(text), self._own_digest))
+        yield from broadcast(header, root, channel, chunk_bytes)
+        length, text_length, digest = HEADER.unpack(bytes(header.numpy()))
+        if text_length:
+            with torch.inference_mode(mode=False), torch.no_grad():
+                told = _buffer_of(text if self._mine else bytes(text_length))
+            yield from broadcast(told, root, channel, chunk_bytes)
+            self._roots = [_Placed(*fields) for fields in json.loads(bytes(told.numpy()))]
+            self._roots_digest = digest
+        if len(self._packed) != length:
+            with torch.inference_mode(mode=False), torch.no_grad(), device.stream():
+                self._packed = torch.empty(length, dtype=torch.uint8, device=self._place)
+        yield from broadcast(self._packed, root, channel, chunk_bytes)
 
     def finish(self) -> None:
         """Wait for them; nothing, if none were started."""
@@ -49,10 +144,63 @@ class BufferBroadcast:
         self._work = None
         if self._mine:  # and may have changed since
             return
-        sizes = [buffer.numel() * buffer.itemsize for buffer in self._targets]
+        memories = torch.split(self._packed, [placed.nbytes for placed in self._roots])
+        unchanged = set(self._targets)
         with torch.no_grad():
-            for target, memory in zip(self._targets, torch.split(self._packed, sizes), strict=True):
-                copy = gapless(target)
-                bytes_of(copy).copy_(memory)
-                if copy.data_ptr() != target.data_ptr():
-                    target.copy_(copy)
+            for placed, memory in zip(self._roots, memories, strict=True):
+                target = self._targets.get(placed.name)
+                if target is not None and placed.fits(target):
+                    _put(target, memory, placed.strides)
+                    unchanged.discard(placed.name)
+        if self._own_digest != self._roots_digest:
+            self._warn_of(unchanged)
+
+    def _warn_of(self, names: Collection[str]) -> None:
+        """Caches are a rank's own, and not in checkpoints. Of others somebody should know."""
+        roots = {placed.name: placed for placed in self._roots}
+        for name in sorted(names):
+            path, _, own = name.rpartition(".")
+            buffer = self._targets[name]
+            if (
+                buffer.numel()
+                and own not in self._module.get_submodule(path)._non_persistent_buffers_set
+            ):
+                there = f"{roots[name].dtype}{list(roots[name].shape)}" if name in roots else "not"
+                here = f"{_name_of(buffer.dtype)}{list(buffer.shape)}"
+                self._warn(name, f"is {here} on rank {self._control.rank}, and {there} on rank 0")
+
+    def _warn(self, name: str, why: str) -> None:
+        if name not in self._warned:
+            self._warned.add(name)
+            logger.warning(
+                "buffer %r %s: each rank keeps its own. Register it with persistent=False if it "
+                "is a cache, else give it one shape on all ranks",
+                name,
+                why,
+            )
+
+
+def _put(target: torch.Tensor, memory: Buffer, strides: tuple[int, ...]) -> None:
+    """Write the values that ``memory`` holds in the order of ``strides``."""
+    plain = gapless(target)
+    if plain.data_ptr() == target.data_ptr() and plain.stride() == strides:
+        bytes_of(plain).copy_(memory)
+        return
+    values = memory.clone().view(target.dtype).as_strided(target.shape, strides)
+    overwrite(target, values)
+
+
+def _as_text(placed: Sequence[_Placed]) -> bytes:
+    return json.dumps(placed).encode()
+
+
+def _buffer_of(data: bytes) -> Buffer:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _strides(buffer: torch.Tensor) -> tuple[int, ...]:
+    return buffer.stride() if buffer.layout is torch.strided else ()

@@ -9,6 +9,10 @@ with the bucket in between. Ranks may call it for their buckets in different ord
         bucket.buffer.copy_(half)
 
     model.register_comm_hook(None, halved)
+
+Buckets are cut anew in the first steps, and whenever parameters are frozen or unfrozen: what a
+hook keeps for later, such as rounding errors, belongs to ``bucket.names`` and the length of its
+buffer, never to its number alone.
 """
 
 from __future__ import annotations
@@ -95,7 +99,6 @@ CommHook = Callable[[Any, GradientBucket], Waits[None]]
 def hook_for_buckets(
     state: Any,
     hook: CommHook,
-    names: Sequence[str],
     all_reduce: Callable[[int, Buffer, float | None, str | None], Waits[None]],
 ) -> Callable[[Bucket, float], Waits[None]]:
     """What the library does with a bucket and this rank's weight where a user has a hook.
@@ -103,7 +106,6 @@ def hook_for_buckets(
     Args:
         state: For the hook.
         hook: The user's.
-        names: Of the parameters, in the model's order.
         all_reduce: With the messages of a bucket with this number.
 
     Raises:
@@ -113,9 +115,8 @@ def hook_for_buckets(
         raise TypeError(f"a comm hook is a generator function (state, bucket), not {hook!r}")
 
     def reduce(bucket: Bucket, weight: float) -> Waits[None]:
-        members = [names[member] for member in bucket.members]
         own_all_reduce = functools.partial(all_reduce, bucket.number)
-        seen = GradientBucket(bucket.number, bucket.buffer, members, weight, own_all_reduce)
+        seen = GradientBucket(bucket.number, bucket.buffer, bucket.names, weight, own_all_reduce)
         waits = hook(state, seen)
         if not isinstance(waits, Iterator):
             raise TypeError(

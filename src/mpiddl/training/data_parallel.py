@@ -243,8 +243,7 @@ class DataParallel(torch.nn.Module):
             TypeError: It cannot be called. (One that is no generator fails at its first bucket.)
         """
         reducer = self.reducer
-        all_reduce = reducer.reductions.all_reduce
-        reducer.reductions.hook = hook_for_buckets(state, hook, reducer.names, all_reduce)
+        reducer.reductions.hook = hook_for_buckets(state, hook, reducer.reductions.all_reduce)
 
     def synchronize(self) -> None:
         """Wait until all parameters are updated, where an ``OverlappedOptimizer`` steps them."""

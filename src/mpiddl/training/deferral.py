@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
+
 __all__ = ["Deferral"]
 
 
 class Deferral(Protocol):
-    """Takes over the wait for buckets."""
+    """Takes over the wait for buckets.
+
+    Attributes:
+        optimizer: Whose steps it does.
+    """
+
+    optimizer: torch.optim.Optimizer
 
     def backward_ended(self) -> None:
         """All buckets are in flight or complete."""

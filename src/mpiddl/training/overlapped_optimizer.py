@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -213,7 +215,21 @@ class OverlappedOptimizer(torch.optim.Optimizer):
         # What torch.optim.Optimizer's own methods keep, such as hooks of state_dict().
         if name == "optimizer":  # not there yet
             raise AttributeError(name)
-        return getattr(self.optimizer, name)
+        if name.startswith("_"):
+            return getattr(self.optimizer, name)
+        # What an optimizer offers beyond torch's, such as train() and eval() of schedule-free ones,
+        # reads and writes parameters and state: after the steps that are owed.
+        value = getattr(self.optimizer, name)
+        if not inspect.ismethod(value):
+            self.synchronize()
+            return getattr(self.optimizer, name)
+
+        @functools.wraps(value)
+        def after_the_steps(*args: Any, **kwargs: Any) -> Any:
+            self.synchronize()
+            return value(*args, **kwargs)
+
+        return after_the_steps
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(

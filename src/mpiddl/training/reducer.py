@@ -11,6 +11,7 @@ from mpiddl.comm.world import World
 from mpiddl.devices.registry import device_of
 from mpiddl.errors import GradientError
 from mpiddl.events import Kind, new_model, record
+from mpiddl.log import logger
 from mpiddl.overlap.bucket_reductions import BucketReductions
 from mpiddl.overlap.control import Control
 from mpiddl.overlap.engine import engine_of
@@ -29,6 +30,7 @@ from mpiddl.training.roster import Roster
 from mpiddl.training.shares import weight_of_backward
 from mpiddl.training.sparse import SparseGradients, sparse_weights
 from mpiddl.training.stats import Accounts, Stats
+from mpiddl.training.step_watch import watch_steps
 from mpiddl.training.sync_batch_norm import adopt_batch_norms
 from mpiddl.training.unused import Unused
 from mpiddl.training.wrapping import (
@@ -74,6 +76,7 @@ class Reducer:
     scheduler: Scheduler
 
     def __init__(self, module: torch.nn.Module, world: World, options: Options) -> None:
+        watch_steps()
         self.number = new_model()
         self.world = world
         adopt_batch_norms(self, module)
@@ -101,6 +104,7 @@ class Reducer:
         self._looks = options.nan_check != "off" or options.static_graph
         self.plans = Plans(options, world, self._control)
         self._compared = False  # the model, in a forward since the last backward
+        self._warned = False  # of gradients that went past the exchange
         self._backward: int | None = None  # autograd's number for the one that runs
         self._next: tuple[BucketPlan, Choice] | None = None  # for the next backward
         self.replan()
@@ -283,6 +287,42 @@ class Reducer:
         if joined is not None:
             joined.finish(self)
         self.shadow_finish()
+
+    def step_begins(self, optimizer: torch.optim.Optimizer, in_backward: bool) -> None:
+        """Called before an optimizer steps some of these parameters.
+
+        Raises:
+            GradientError: In the middle of a backward: their gradients are this rank's own still.
+        """
+        if not self.synchronises or (
+            self.deferral is not None and self.deferral.optimizer is optimizer
+        ):
+            return
+        if in_backward:
+            raise GradientError(
+                f"{type(optimizer).__name__}.step() was called during backward, by a gradient "
+                "hook: the gradients are not reduced yet, and the replicas would drift apart. Step "
+                "after backward, or use mpiddl.OverlappedOptimizer, which updates each parameter "
+                "as soon as its gradient is reduced"
+            )
+        if self._compared and not self._unreduced and not self._warned:
+            self._warn_of_foreign_gradients()
+
+    def _warn_of_foreign_gradients(self) -> None:
+        """After a forward that no backward has followed, gradients should be those of before."""
+        for name, parameter, view in zip(
+            self.names, self.parameters, self.gradients.views, strict=True
+        ):
+            gradient = parameter.grad
+            if gradient is not None and gradient.data_ptr() != view.data_ptr():
+                self._warned = True
+                logger.warning(
+                    "parameter %r is stepped with a gradient that no backward has brought: those "
+                    "of torch.autograd.grad, and others that are set by hand, are this rank's own. "
+                    "If they are not averaged yet: p.grad = mpiddl.all_reduce(g, op='mean')",
+                    name,
+                )
+                return
 
     def contribute_nothing(self) -> None:
         """This rank has no sample: take part in a backward of the others all the same."""

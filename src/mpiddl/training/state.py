@@ -12,15 +12,28 @@ from mpiddl.collectives.choose import chunk_bytes_for
 from mpiddl.comm.world import World
 from mpiddl.devices.registry import device_of
 from mpiddl.overlap.engine import engine_of
-from mpiddl.plain import gapless
+from mpiddl.plain import gapless, overwrite
 
-__all__ = ["broadcast_state", "named_state"]
+__all__ = ["broadcast_state", "named_state", "why_not_plain"]
 
 
 def named_state(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters and buffers of a model under their names, each tensor once."""
     yield from model.named_parameters()
     yield from model.named_buffers()
+
+
+def why_not_plain(tensor: torch.Tensor) -> str | None:
+    """What ``tensor`` is that has no plain memory to exchange; None if it has."""
+    if tensor.layout is not torch.strided or tensor.is_sparse:
+        return f"a sparse tensor ({tensor.layout})"
+    if torch.nn.parameter.is_lazy(tensor):
+        return "without a shape yet"
+    if tensor.is_meta:
+        return "on the meta device"
+    if tensor.is_quantized or tensor.is_nested:
+        return "a quantized tensor" if tensor.is_quantized else "a nested tensor"
+    return None
 
 
 def broadcast_state(model: torch.nn.Module, world: World, root: int = 0) -> None:
@@ -36,4 +49,4 @@ def broadcast_state(model: torch.nn.Module, world: World, root: int = 0) -> None
     for work, (tensor, copy) in zip(works, copies, strict=True):
         work.wait()
         if copy.data_ptr() != tensor.data_ptr():
-            tensor.copy_(copy)
+            overwrite(tensor, copy)

@@ -16,7 +16,7 @@ from mpiddl.devices.registry import device_of
 from mpiddl.errors import GradientError, UnsupportedBufferError
 from mpiddl.events import Kind, describe, record
 from mpiddl.overlap.control import Control
-from mpiddl.training.state import named_state
+from mpiddl.training.state import named_state, why_not_plain
 
 __all__ = [
     "NotWrapped",
@@ -26,6 +26,7 @@ __all__ = [
     "detach",
     "trained_parameters",
     "watched_parameters",
+    "wrapper_of",
 ]
 
 
@@ -69,6 +70,13 @@ def trained_parameters(
         )
     first, place = named[0][0], named[0][1].device
     for name, tensor in named_state(module):
+        problem = why_not_plain(tensor)
+        if problem is not None:
+            raise UnsupportedBufferError(
+                f"{name!r} is {problem}, which ranks cannot exchange. Keep it as a plain attribute "
+                "of its module, register its parts (indices and values, say) as dense buffers, or "
+                "run one forward before wrapping where it has no shape yet"
+            )
         if tensor.device != place:
             raise UnsupportedBufferError(
                 f"{name!r} is on {tensor.device}, but {first!r} on {place}; move the whole model "
@@ -190,6 +198,12 @@ def attach(
         if frozen:
             parameter.requires_grad_(False)
         _hooks[id(parameter)] = _Hooked(reference, handle, reduces)
+
+
+def wrapper_of(parameter: torch.Tensor) -> Any:
+    """Who reduces the gradients of ``parameter``; None if nobody does."""
+    hooked = _hooks.get(id(parameter))
+    return hooked.wrapper() if hooked is not None and hooked.reduces else None
 
 
 class NotWrapped:
