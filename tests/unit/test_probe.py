@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -315,6 +316,33 @@ def test_the_launcher_beside_the_library_is_taken(launcher, tmp_path):
     assert ("--allow-run-as-root" in found) == (os.geteuid() == 0)
     assert find_launcher(OPEN_MPI, None, environ)[0] == on_the_path
     assert find_launcher(OPEN_MPI, "/elsewhere/libmpi.so", environ)[0] == on_the_path
+
+
+def test_a_launcher_that_others_may_have_put_there_is_not_taken(launcher, tmp_path):
+    """In the ``bin`` of a folder far above the library, in which everybody may make one."""
+    program = Path(launcher("scratch/bin/mpirun", BANNERS[OPEN_MPI]))
+    library = tmp_path / "scratch/me/openmpi/lib/libmpi.so.40"
+
+    def found():
+        return find_launcher(OPEN_MPI, str(library), {"PATH": "/nowhere"})
+
+    assert found()[0] == str(program)
+    for path in (program.parent, program):
+        path.chmod(0o777)
+        assert found() is None
+        path.chmod(0o755)
+        if os.geteuid() == 0:
+            os.chown(path, 12345, 12345)
+            assert found() is None
+            os.chown(path, 0, 0)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    elsewhere.chmod(0o777)
+    program.rename(elsewhere / "mpirun")
+    program.symlink_to(elsewhere / "mpirun")
+    assert found() is None
+    elsewhere.chmod(0o755)
+    assert found()[0] == str(program)
 
 
 def test_a_launcher_of_another_family_is_not_taken(launcher, tmp_path):

@@ -10,10 +10,11 @@ import contextlib
 import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from time import monotonic
 from typing import NamedTuple
@@ -88,7 +89,7 @@ def run_test(
 def find_launcher(library: str, path: str | None, environ: Mapping[str, str]) -> list[str] | None:
     """The command that starts two ranks of this library on this node; None if there is none.
 
-    Looked for beside the library, then on the PATH.
+    Looked for beside the library, where nobody else may have put it, then on the PATH.
     """
     names: tuple[str, ...]
     if "Open MPI" in library:
@@ -102,12 +103,42 @@ def find_launcher(library: str, path: str | None, environ: Mapping[str, str]) ->
         options = ["-launcher", "fork", "-n", "2"]
     else:
         return None
-    folders = [parent / "bin" for parent in Path(path).parents] if path else []
-    folders += [Path(folder) for folder in environ.get("PATH", "").split(os.pathsep) if folder]
-    for program in dict.fromkeys(str(folder / name) for folder in folders for name in names):
+    folders = [Path(folder) for folder in environ.get("PATH", "").split(os.pathsep) if folder]
+    programs = [
+        *_beside(path, names),
+        *(str(folder / name) for folder in folders for name in names),
+    ]
+    for program in dict.fromkeys(programs):
         if os.access(program, os.X_OK) and re.search(banner, _version_of(program, environ)):
             return [program, *options]
     return None
+
+
+def _beside(library: str | None, names: Sequence[str]) -> list[str]:
+    """Programs of these names in the ``bin`` of each folder around ``library``.
+
+    Some folder up there may be one in which everybody can make a ``bin``. So only those that belong
+    to root, to this user or to the owner of the library, which runs already, and that nobody else
+    can write.
+    """
+    if library is None:
+        return []
+    owners = {0, os.geteuid()}
+    with contextlib.suppress(OSError):
+        owners.add(os.stat(library).st_uid)
+    folders = [parent / "bin" for parent in Path(library).parents]
+    safe = [folder for folder in folders if _is_safe(folder, owners)]
+    programs = [folder / name for folder in safe for name in names]
+    return [str(program) for program in programs if _is_safe(program, owners)]
+
+
+def _is_safe(path: Path, owners: Collection[int]) -> bool:
+    """Whether none but ``owners`` can change it; the folder that a link leads to counts as well."""
+    with contextlib.suppress(OSError, RuntimeError):
+        target = path.resolve(strict=True)
+        states = [target.stat(), target.parent.stat()] if path.is_symlink() else [target.stat()]
+        return all(state.st_uid in owners and not state.st_mode & stat.S_IWOTH for state in states)
+    return False
 
 
 def _version_of(program: str, environ: Mapping[str, str]) -> str:
