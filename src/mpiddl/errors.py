@@ -88,7 +88,7 @@ class SingletonError(LaunchError):
 
     def __str__(self) -> str:
         return (
-            f"{self.launcher} announced {self.announced} ranks, but {self.library} started this "
+            f"{self.launcher} announced {self.announced} ranks, but {self.library} starts this "
             f"process alone (world size 1): launcher and MPI library do not belong together, and "
             f"{self.announced} separate trainings would run. {self.remedy}"
         )

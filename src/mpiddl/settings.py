@@ -96,6 +96,9 @@ class Settings:
         "auto", _one_of("auto", "device", "host"), "how GPU memory gets to MPI; auto finds out"
     )
     trace: str = _setting("", str, "folder for a trace of every rank")
+    offer_rank: bool = _setting(
+        True, _parse_flag, "set RANK, WORLD_SIZE and LOCAL_RANK for other libraries"
+    )
 
 
 def read(environ: Mapping[str, str]) -> Settings:

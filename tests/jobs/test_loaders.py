@@ -31,6 +31,7 @@ JOB = """
             return torch.tensor([int(self.images[index, 0]), os.getpid(), "mpi4py" in sys.modules])
 
     def numbers():
+        assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == (os.environ["SEEN"], "2")
         for number in range(LENGTH):
             assert "mpi4py" not in sys.modules
             yield number
@@ -40,6 +41,7 @@ JOB = """
 
     if __name__ == "__main__":
         world = mpiddl.init()
+        os.environ["SEEN"] = str(world.rank)
         folder = sys.argv[1]
         if world.rank == 0:
             rows = numpy.repeat(numpy.arange(LENGTH, dtype=numpy.int64)[:, None], 5000, axis=1)

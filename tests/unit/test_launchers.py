@@ -8,7 +8,15 @@ import sys
 
 import pytest
 
-from mpiddl.comm.launchers import Launch, has_slurms_pmix, read_launch, refuse_singleton
+from mpiddl.comm import offers
+from mpiddl.comm.launchers import (
+    Launch,
+    has_slurms_pmix,
+    read_launch,
+    refuse_launcher_without_mpi,
+    refuse_singleton,
+    without_launcher,
+)
 from mpiddl.comm.layout import cores_per_rank
 from mpiddl.comm.library import EAGER_BYTES, library_name, set_defaults
 from mpiddl.errors import SingletonError
@@ -29,6 +37,15 @@ STEP = {
     "SLURM_PROCID": "3",
     "SLURM_LOCALID": "1",
 }
+TORCHRUN = {
+    "TORCHELASTIC_RUN_ID": "none",
+    "RANK": "1",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "localhost",
+}
+DEEPSPEED = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost"}
 
 
 @pytest.mark.parametrize(
@@ -62,6 +79,17 @@ STEP = {
             ("MVAPICH's mpirun", 1, 2, 1, 2),
         ),
         ({"PMI_RANK": "garbage"}, (None, None, None, None, None)),
+        (TORCHRUN, ("torchrun", 1, 4, 1, 2, False)),
+        ({**STEP, **TORCHRUN}, ("torchrun", 1, 4, 1, 2, False)),  # srun starts it, once a node
+        # deepspeed; and a user's own settings under mpirun
+        (DEEPSPEED, ("a launcher of torch.distributed", 1, 2, 1, None, False)),
+        ({**DEEPSPEED, **OPEN_MPI}, ("Open MPI's mpirun", 3, 4, 1, 2)),
+        (
+            {"HOROVOD_RANK": "1", "HOROVOD_SIZE": "2", "HOROVOD_LOCAL_RANK": "1"},
+            ("horovodrun", 1, 2, 1, None, False),
+        ),
+        # what mpiddl itself offers, in a process that a rank has started
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, (None, None, None, None, None)),
     ],
 )
 def test_each_launcher(environ, want):
@@ -92,6 +120,47 @@ def test_singletons_are_refused(launch, library, command):
     assert command in message
     assert "4 ranks" in message
     assert library in message
+
+
+def test_launchers_without_mpi_are_refused_before_mpi_starts():
+    with pytest.raises(SingletonError, match="mpirun -n 4 python .*srun --mpi=pmix -n 4"):
+        refuse_launcher_without_mpi(read_launch(TORCHRUN))
+    with pytest.raises(SingletonError, match="mpirun -n 2 python"):
+        refuse_launcher_without_mpi(read_launch(DEEPSPEED))
+    for harmless in (OPEN_MPI, STEP, {**TORCHRUN, "WORLD_SIZE": "1"}):
+        refuse_launcher_without_mpi(read_launch(harmless))
+
+
+def test_another_job_starts_without_this_ones_variables():
+    mine = {"PATH": "/bin", "RANKS": "8", "MASTER_ADDR": "localhost"}
+    assert without_launcher({**OPEN_MPI, **HYDRA, **STEP, **TORCHRUN, **mine}) == mine
+
+
+def test_ranks_are_offered_to_other_libraries():
+    environ = {"PATH": "/bin"}
+    offers.offer(1, 2, 0, environ)
+    assert environ == {"PATH": "/bin", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    offers.offer(0, 3, 0, environ)  # another world, after this one was closed
+    assert environ == {"PATH": "/bin", "RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0"}
+    environ["RANK"] = "7"
+    offers.withdraw(environ)
+    assert environ == {"PATH": "/bin", "RANK": "7"}
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
+def test_what_a_user_set_is_left_alone(name, caplog):
+    environ = {name: "0"}
+    offers.offer(0, 2, 0, environ)
+    assert environ == {name: "0"}
+    assert "this is rank 0 of 2, but the environment has" in caplog.text
+    offers.withdraw(environ)
+    assert environ == {name: "0"}
+
+
+def test_a_rank_alone_offers_nothing():
+    environ = {}
+    offers.offer(0, 1, 0, environ)
+    assert environ == {}
 
 
 def test_what_is_no_singleton():

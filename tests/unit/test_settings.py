@@ -26,11 +26,12 @@ def test_all_settings_are_read():
             "MPIDDL_TIMEOUT": "10m",
             "MPIDDL_STAGING": "host",
             "MPIDDL_TRACE": "traces",
+            "MPIDDL_OFFER_RANK": "0",
         }
     )
     sizes, times = (4 << 20, 64 << 10), (2, 600.0)
     assert settings == Settings(
-        *("ring", True, *sizes, False, "table.json", "thread", *times, "host", "traces")
+        *("ring", True, *sizes, False, "table.json", "thread", *times, "host", "traces", False)
     )
 
 

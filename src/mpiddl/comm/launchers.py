@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mpiddl.errors import SingletonError
 
@@ -19,6 +19,7 @@ __all__ = [
     "gpu_binding",
     "has_slurms_pmix",
     "read_launch",
+    "refuse_launcher_without_mpi",
     "refuse_singleton",
     "without_launcher",
 ]
@@ -26,13 +27,18 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Launch:
-    """What the launcher announced; ``None`` where it says nothing."""
+    """What the launcher announced; ``None`` where it says nothing.
+
+    Attributes:
+        starts_mpi: Whether MPI knows the processes that this launcher starts.
+    """
 
     launcher: str | None = None
     rank: int | None = None
     size: int | None = None
     local_rank: int | None = None
     local_size: int | None = None
+    starts_mpi: bool = True
 
     @property
     def is_first(self) -> bool:
@@ -81,6 +87,19 @@ _LAUNCHERS = (
 )
 
 
+# Those of torch.distributed, and of Horovod on gloo. torchrun says so, and accelerate starts it;
+# deepspeed and others are known by the address at which their processes are to meet, which a user
+# may also set for processes of mpirun.
+_TORCHRUN = _Variables("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_MARK_OF_TORCHRUN = "TORCHELASTIC_RUN_ID"
+_WITHOUT_MPI = {
+    "MASTER_ADDR": replace(_TORCHRUN, launcher="a launcher of torch.distributed"),
+    "HOROVOD_RANK": _Variables(
+        "horovodrun", "HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE"
+    ),
+}
+
+
 def _number(environ: Mapping[str, str], *names: str) -> int | None:
     """The first of ``names`` that holds a whole number."""
     for name in names:
@@ -95,6 +114,8 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
 
     A plain ``python script.py`` in an sbatch or salloc shell is no launch: nothing announced.
     """
+    if _MARK_OF_TORCHRUN in environ:  # srun or mpirun may have started torchrun, once a node
+        return _without_mpi(environ, _TORCHRUN)
     for names in _LAUNCHERS:
         rank, size = _number(environ, names.rank), _number(environ, names.size)
         if rank is None or (size is None and names.launcher == "srun"):
@@ -110,7 +131,16 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
             local_rank=_number(environ, *local),
             local_size=_number(environ, names.local_size, "MPI_LOCALNRANKS"),
         )
+    for mark, names in _WITHOUT_MPI.items():
+        if mark in environ and _number(environ, names.rank) is not None:
+            return _without_mpi(environ, names)
     return Launch()
+
+
+def _without_mpi(environ: Mapping[str, str], names: _Variables) -> Launch:
+    variables = (names.rank, names.size, names.local_rank, names.local_size)
+    numbers = (_number(environ, name) for name in variables)
+    return Launch(names.launcher, *numbers, starts_mpi=False)
 
 
 # What launchers tell a process about the job that it is in, and users a launcher about where to
@@ -125,6 +155,7 @@ _OF_THE_JOB = re.compile(
     r"|I_MPI_(HYDRA|INFO|INTERNAL|PIN_INFO|PIN_MAPPING|PMI|MPIRUN|JOB|PERHOST|ROOT_PROCS)"
     r"|MV2_COMM_WORLD_|MVP_COMM_WORLD_|MPISPAWN_"
     r"|SLURM|SRUN_|PALS_|FLUX_|PBS_|LSB_|COBALT_|ALPS_|PE_HOSTFILE$"
+    r"|TORCHELASTIC_|HOROVOD_|(LOCAL_)?(RANK|WORLD_SIZE)$"
 )
 
 
@@ -148,6 +179,23 @@ def gpu_binding(environ: Mapping[str, str] = os.environ) -> str | None:
 def has_slurms_pmix(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether `srun --mpi=pmix` started this process."""
     return environ.get("PMIX_NAMESPACE", "").startswith("slurm.pmix")
+
+
+def refuse_launcher_without_mpi(launch: Launch) -> None:
+    """Stop a job whose launcher starts processes of which MPI does not know, before MPI starts.
+
+    Raises:
+        SingletonError: There are several of them.
+    """
+    if not launch.starts_mpi and (launch.size or 1) > 1:
+        raise SingletonError(
+            launch.launcher or "",
+            launch.size or 1,
+            "MPI",
+            f"Start it with `mpirun -n {launch.size} python ...`, or with `srun --mpi=pmix -n "
+            f"{launch.size} python ...` under Slurm: torchrun, accelerate, deepspeed and their kin "
+            "start no MPI.",
+        )
 
 
 def refuse_singleton(launch: Launch, world_size: int, library: str) -> None:

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from mpiddl.comm import failure, flight, gpus, launchers, library, pmix
+from mpiddl.comm import failure, flight, gpus, launchers, library, offers, pmix
 from mpiddl.comm.layout import exchange, find_layout
 from mpiddl.comm.messages import Messages, Tags
 from mpiddl.comm.native import Native
@@ -192,6 +192,7 @@ class World:
         if self._bucket_native is not None:
             self._bucket_native.free()
         if _current is self:
+            offers.withdraw()
             _current = None
 
     def __enter__(self) -> World:
@@ -233,7 +234,8 @@ def init(comm: MPI.Comm | None = None, *, device: str | torch.device | None = No
     Raises:
         ValueError: ``device`` does not exist.
         NoMpiError: No MPI library could be loaded.
-        SingletonError: The launcher announced several ranks and MPI found one.
+        SingletonError: The launcher announced several ranks and MPI found one, or it starts no
+            MPI (torchrun).
         LaunchError: Called in a data loader's worker or another child process.
         SettingsError: An MPIDDL_* variable is unknown or has a bad value.
     """
@@ -244,6 +246,7 @@ def init(comm: MPI.Comm | None = None, *, device: str | torch.device | None = No
             raise LaunchError("mpiddl.init() was called before with another communicator")
         return _current
     launch = launchers.read_launch()
+    launchers.refuse_launcher_without_mpi(launch)
     # Before MPI starts: it may need the GPU that this rank uses, and keeps the one it finds.
     place = gpus.choose_device(device, launch.local_rank)
     MPI = library.load(launch)
@@ -267,6 +270,8 @@ def init(comm: MPI.Comm | None = None, *, device: str | torch.device | None = No
         )
     flight.begin(world, world._comm)
     limit_torch_threads(world.layout.cores)
+    if settings.offer_rank:
+        offers.offer(world.rank, world.size, world.local_rank)
     _current = world
     return world
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from mpiddl.comm.offers import offered
 from mpiddl.comm.world import current_world, is_running
 from mpiddl.data.signatures import checks_world
 from mpiddl.data.streams import ShardedStream
@@ -66,7 +67,7 @@ def loader(
         _check_context(context)
         _check_names(dataset, options)
         options.setdefault("persistent_workers", True)
-        options["worker_init_fn"] = partial(_start_worker, options.get("worker_init_fn"))
+        options["worker_init_fn"] = partial(_start_worker, options.get("worker_init_fn"), offered())
         # torch is imported once, by the server, and not again by each worker.
         multiprocessing.set_forkserver_preload([__name__])
         _start_server_deaf()
@@ -170,12 +171,16 @@ def _start_server_deaf() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start_worker(then: Callable[[int], object] | None, number: int) -> None:
-    """Lets a worker end with its rank, however that ends.
+def _start_worker(
+    then: Callable[[int], object] | None, variables: dict[str, str], number: int
+) -> None:
+    """Lets a worker know its rank, and end with it, however that ends.
 
     torch's workers watch their parent, here the fork server. That lives as long as one of them
-    does, so they would outlive a rank that is killed, and keep its launcher waiting.
+    does, so they would outlive a rank that is killed, and keep its launcher waiting. A fork server
+    that was started before ``mpiddl.init()`` has an older environment.
     """
+    os.environ.update(variables)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     threading.Thread(target=_end_with_rank, daemon=True).start()
     if then is not None:
