@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,13 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mpiddl.checkpoint.folders import checkpoints, newest
 from mpiddl.checkpoint.generators import from_text, set_random_state
-from mpiddl.checkpoint.index import INDEX, RANDOM, Index, read_index
+from mpiddl.checkpoint.index import RANDOM
 from mpiddl.checkpoint.names import in_names_of
+from mpiddl.checkpoint.opening import Found, open_together
 from mpiddl.checkpoint.own import PARTS, in_turn, name_of, parts_of, receive, send
 from mpiddl.checkpoint.places import Places, keep_bits, places_in_model, places_in_optimizer
-from mpiddl.checkpoint.tensors import PIECE_BYTES, Kind, Stored, stored_tensors
+from mpiddl.checkpoint.tensors import PIECE_BYTES, Kind
 from mpiddl.collectives.channel import Channel, bytes_of
 from mpiddl.comm.tuning import Choice
 from mpiddl.comm.world import World, current_world
@@ -24,7 +23,7 @@ from mpiddl.devices.base import Buffer
 from mpiddl.errors import CheckpointError
 from mpiddl.log import logger
 from mpiddl.overlap.calls import broadcast, broadcast_json
-from mpiddl.overlap.together import Tick, raise_together, work_together
+from mpiddl.overlap.together import raise_together
 from mpiddl.plain import decode
 from mpiddl.segments import chunked
 
@@ -73,7 +72,7 @@ def load(folder: str | Path, *, world: World | None = None, **parts: Any) -> Che
             or the one that was named is broken.
     """
     world = world or current_world()
-    found = _open_together(Path(folder), world)
+    found = open_together(Path(folder), world)
     if found is None:
         return None
     index = found.index
@@ -119,111 +118,7 @@ def load(folder: str | Path, *, world: World | None = None, **parts: Any) -> Che
     return Checkpoint(index.step, found.path, values, same)
 
 
-class _Found:
-    """A checkpoint, as all ranks know it.
-
-    Args:
-        path: Its folder.
-        index: What is in it.
-        kinds: Of each tensor in its files, by name.
-        stored: Where each of them is, on rank 0.
-        world: The ranks.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        index: Index,
-        kinds: dict[str, Kind],
-        stored: dict[str, Stored],
-        world: World,
-    ) -> None:
-        self.path = path
-        self.index = index
-        self.has_own = any("." in name for name in kinds)
-        self.shared = {int(name): kind for name, kind in kinds.items() if "." not in name}
-        as_many = sum(map(len, index.nodes)) == world.size
-        self.own = {name: kind for name, kind in kinds.items() if "." in name and as_many}
-        self._stored = stored
-        self._problem: str | None = None
-
-    def kinds_of(self, rank: int) -> dict[int, Kind]:
-        """Of each tensor of this rank, by number."""
-        own = {
-            int(what): kind
-            for owner, what, kind in map(_split, self.own.items())
-            if owner == rank and what != PARTS
-        }
-        return {**self.shared, **own}
-
-    def strides_of(self, rank: int) -> dict[int, list[int]]:
-        """Of each tensor of this rank whose strides were written down."""
-        kinds = self.kinds_of(rank)
-        known = enumerate(self.index.strides)
-        return {at: strides for at, strides in known if kinds.get(at) == self.shared.get(at)}
-
-    def read(self, name: int | str, piece: Buffer, start: int = 0) -> None:
-        """On rank 0: fill ``piece`` with bytes of a tensor. What goes wrong is kept until all ranks
-        have got what they wait for."""
-        try:
-            if self._problem is None:
-                self._stored[f"{name}"].read(piece, start)
-        except OSError as error:
-            self._problem = f"{self.path}: {error.strerror}"
-        except (CheckpointError, LookupError) as error:
-            self._problem = f"{self.path} is broken: {error}"
-
-    def raise_problem(self, world: World) -> None:
-        """Raises: CheckpointError: On every rank, if one could not read."""
-        raise_together(self._problem, world, CheckpointError)
-
-
-def _split(entry: tuple[str, Kind]) -> tuple[int, str, Kind]:
-    """A name of a rank's own tensor as rank and number."""
-    owner, _, what = entry[0].partition(".")
-    return int(owner), what, entry[1]
-
-
-def _open_together(folder: Path, world: World) -> _Found | None:
-    """Rank 0 finds and checks it, and tells the others."""
-
-    def find(tick: Tick) -> tuple[Path, Index, dict[str, Stored]] | None:
-        try:
-            path = _find(folder, tick) if world.rank == 0 else None
-            if path is None:
-                return None
-            index, stored = read_index(path), {}
-            for name, _ in index.files:
-                stored.update(stored_tensors(path / name))
-            return path, index, stored
-        except OSError as error:
-            raise CheckpointError(f"{folder}: {error.strerror}") from None
-
-    found, told = work_together(find, world, CheckpointError), None
-    if found is not None:
-        path, index, stored = found
-        told = [os.fspath(path), vars(index), {name: at.kind for name, at in stored.items()}]
-    told = broadcast_json(told, world=world)
-    if told is None:
-        return None
-    path, facts, kinds = told
-    kinds = {name: Kind(*kind) for name, kind in kinds.items()}
-    return _Found(Path(path), Index(**facts), kinds, {} if found is None else found[2], world)
-
-
-def _find(folder: Path, tick: Tick) -> Path | None:
-    if not (folder / INDEX).exists():
-        found = newest(folder, tick)
-        if found is None and checkpoints(folder):
-            raise CheckpointError(
-                f"none of the checkpoints in {folder} can be read; remove them to begin anew"
-            )
-        return found
-    read_index(folder).verify(folder, tick)
-    return folder
-
-
-def _tell_what_is_lost(found: _Found, same: bool, world: World) -> None:
+def _tell_what_is_lost(found: Found, same: bool, world: World) -> None:
     nodes = found.index.nodes
     if not same:
         logger.info(
@@ -236,7 +131,7 @@ def _tell_what_is_lost(found: _Found, same: bool, world: World) -> None:
         logger.info("%s: what was each rank's own is rank 0's on all ranks now", found.path)
 
 
-def _refuse_others(found: _Found, parts: dict[str, Any], world: World) -> None:
+def _refuse_others(found: Found, parts: dict[str, Any], world: World) -> None:
     """Before anything is changed: a part that is missing, or that not all ranks ask for."""
     problem = None
     stored = [name for name, _ in found.index.parts["dict"]]
@@ -250,9 +145,7 @@ def _refuse_others(found: _Found, parts: dict[str, Any], world: World) -> None:
     raise_together(problem, world, CheckpointError)
 
 
-def _wanted(
-    found: _Found, parts: dict[str, Any], same: bool, world: World
-) -> dict[str | None, Any]:
+def _wanted(found: Found, parts: dict[str, Any], same: bool, world: World) -> dict[str | None, Any]:
     """This rank's states as JSON, by name: those that are asked for, and plain values."""
     received = [found.index.parts]
 
@@ -276,7 +169,7 @@ def _wanted(
     }
 
 
-def _fill(found: _Found, places: dict[str | None, Places], world: World) -> None:
+def _fill(found: Found, places: dict[str | None, Places], world: World) -> None:
     """Rank 0 reads each tensor and passes it on, a piece at a time. Collective."""
 
     def targets_of(number: int) -> list[torch.Tensor]:

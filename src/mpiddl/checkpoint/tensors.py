@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import torch
 
-from mpiddl.checkpoint.names import plain_name
 from mpiddl.collectives.channel import bytes_of
 from mpiddl.devices.base import Buffer
 from mpiddl.errors import CheckpointError
@@ -27,11 +26,11 @@ from mpiddl.overlap.together import Tick
 from mpiddl.segments import chunked
 
 __all__ = [
+    "METADATA",
     "PIECE_BYTES",
     "Kind",
     "Stored",
     "TensorWriter",
-    "check_model",
     "check_storable",
     "file_name",
     "in_file_order",
@@ -39,7 +38,6 @@ __all__ = [
     "nothing",
     "shares_of_writers",
     "stored_tensors",
-    "write_model",
     "write_tensors",
 ]
 
@@ -224,50 +222,6 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], tick: Tick = 
         for name in names:
             writer.write(tensors[name])
         return writer.finish()
-
-
-def check_model(state: Mapping[str, torch.Tensor]) -> None:
-    """Whether ``write_model`` could write it.
-
-    Raises:
-        CheckpointError: Names a tensor that it could not.
-    """
-    for name, tensor in state.items():
-        if plain_name(name) == METADATA:
-            raise CheckpointError(
-                f"a tensor of the model is named {METADATA!r}, which means something else in "
-                "safetensors files: give that parameter or buffer another name",
-                on_every_rank=True,
-            )
-        try:
-            check_storable(tensor, f"{name!r} of the model")
-        except ValueError as error:
-            raise CheckpointError(str(error), on_every_rank=True) from None
-
-
-def write_model(state: Mapping[str, torch.Tensor], path: Path, tick: Tick = nothing) -> None:
-    """Write a model's ``state_dict()`` for others to use; the file is whole at any moment.
-
-    Names are those of the model before torch.compile: without ``_orig_mod.``.
-
-    Args:
-        state: Tensors by name.
-        path: The file; one that is there is replaced.
-        tick: Called after each piece.
-
-    Raises:
-        OSError: It could not be written.
-        CheckpointError: It has a tensor that cannot be written.
-    """
-    check_model(state)
-    part = path.with_name(f".{path.name}")
-    part.unlink(missing_ok=True)
-    try:
-        plain = {plain_name(name): tensor for name, tensor in state.items()}
-        write_tensors(part, plain if len(plain) == len(state) else state, tick)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 class Stored(NamedTuple):

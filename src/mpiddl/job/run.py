@@ -11,7 +11,7 @@ import torch
 
 from mpiddl import checkpoint
 from mpiddl.checkpoint.folders import checkpoints, remove
-from mpiddl.checkpoint.tensors import check_model, write_model
+from mpiddl.checkpoint.model_file import check_model, write_model
 from mpiddl.comm.failure import LeaveTogether
 from mpiddl.comm.world import World
 from mpiddl.data.batches import ShardBatchSampler
