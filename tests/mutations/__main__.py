@@ -38,6 +38,10 @@ def main() -> int:
         for fault in FAULTS
         if not options.words or any(word in fault.name for word in options.words)
     ]
+    for _, command in suites(("unit", "ranks"), quick=True):
+        failed = failure_of(command, TOP / "src")
+        if failed:
+            sys.exit(f"tests fail without any fault: {failed}")
     noticed = {"make test": 0, "make test-all": 0}
     missed = []
     for fault in chosen:

@@ -115,13 +115,20 @@ def test_ring_rounds_16_bit_sums_once_per_hop(world, agree, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_reference_rounds_16_bit_sums_once(world, agree, dtype):
-    inputs = [torch.full((64,), 1 + rank / 64).to(dtype) for rank in range(world.size)]
+@pytest.mark.parametrize("algorithm", ["reference", "direct", "doubling", "shared"])
+def test_sums_of_16_bits_are_rounded_once(world, agree, algorithm, dtype):
+    """All bits of each value count, so each partial sum of several would be rounded."""
+    bits = round(1 / torch.finfo(dtype).eps)
+    inputs = [
+        ((bits + torch.randint(bits, (4001,), generator=seeded(rank))) / bits).to(dtype)
+        for rank in range(world.size)
+    ]
     buffer = inputs[world.rank].clone()
 
-    mpiddl.all_reduce(buffer, algorithm="reference")
+    mpiddl.all_reduce(buffer, algorithm=algorithm)
 
-    agree(torch.equal(buffer, sum(value.float() for value in inputs).to(dtype)), buffer[:2])
+    want = sum(value.double() for value in inputs).to(dtype)
+    agree(torch.equal(buffer, want), f"{buffer[:5]}, not {want[:5]}")
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
