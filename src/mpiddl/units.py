@@ -1,11 +1,20 @@
-"""Sizes and times as people write them."""
+"""Numbers, sizes and times as people write them."""
 
 from __future__ import annotations
 
+import operator
 import re
 from fractions import Fraction
+from typing import Any
 
-__all__ = ["format_bytes", "format_seconds", "parse_bytes", "parse_seconds", "parse_sizes"]
+__all__ = [
+    "format_bytes",
+    "format_seconds",
+    "integer",
+    "parse_bytes",
+    "parse_seconds",
+    "parse_sizes",
+]
 
 _BINARY = {"": 1, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}
 _DECIMAL = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -14,6 +23,18 @@ _SECONDS = {"ms": 1e-3, "": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 _MOST_BYTES = 2**63 - 1
 _MOST_SECONDS = 1e9
 _TIME = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|min|h|)\s*", re.IGNORECASE)
+
+
+def integer(value: Any, name: str) -> int:
+    """``value``, if it is one of Python's or numpy's integers: a 1.5 would be cut off later.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
 
 
 def parse_bytes(text: str) -> int:

@@ -424,3 +424,42 @@ def test_check_finds_a_rank_that_sends_more_than_is_expected(world, agree):
         )
 
     refused(agree, MismatchError, words, call)
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("root", lambda w: mpiddl.broadcast(torch.ones(2), root=0.0)),
+        ("root", lambda w: mpiddl.reduce(torch.ones(2), root="0")),
+        ("root", lambda w: mpiddl.gather_json(1, root=0.0)),
+        ("lengths", lambda w: mpiddl.all_gather(torch.ones(w.size), torch.ones(1), lengths=[1.0])),
+        ("peer", lambda w: mpiddl.send(torch.ones(2), w.rank + 0.5)),
+        ("tag", lambda w: mpiddl.recv(torch.ones(2), (w.rank + 1) % w.size, tag=1.5)),
+        ("color", lambda w: w.split(1.5)),
+        ("key", lambda w: w.split(0, key=0.5)),
+        ("shape", lambda w: mpiddl.empty((2, 1.5))),
+    ],
+)
+def test_numbers_that_are_no_integers(world, agree, name, call):
+    """MPI's Python bindings cut off what is behind the point."""
+    if world.size == 1 and name == "tag":
+        pytest.skip("nobody to receive from")
+    refused(agree, TypeError, [name, "integer"], lambda: call(world))
+
+
+def test_integers_of_numpy_are_integers(world, agree):
+    zero, right, left = numpy.int64([0, (world.rank + 1) % world.size, world.rank - 1])
+    tensor = torch.full((2,), float(world.rank))
+    for call in (mpiddl.broadcast, mpiddl.reduce):
+        call(tensor, root=zero)
+    agree(mpiddl.broadcast_json(world.rank, root=zero) == 0)
+    agree(mpiddl.gather_json(world.rank, root=zero) == [None, [*range(world.size)]][not world.rank])
+    mpiddl.gather(torch.empty(2 * world.size), tensor, root=zero)
+    mpiddl.scatter(tensor, torch.zeros(2 * world.size), root=zero)
+    if world.size > 1:
+        work = mpiddl.send(tensor, right, numpy.int8(3), async_=True)
+        mpiddl.recv(torch.empty(2), left % world.size, numpy.int8(3))
+        work.wait()
+    with world.split(zero, key=right) as group:
+        agree(group.size == world.size)
+    agree(bool((tensor == 0).all()))

@@ -15,6 +15,7 @@ from mpiddl.collectives.channel import Channel
 from mpiddl.collectives.choose import ALGORITHMS
 from mpiddl.collectives.lanes import kept_lanes, place_of
 from mpiddl.collectives.reduction import DTYPES, Reduction
+from mpiddl.devices.host import HOST
 from mpiddl.devices.registry import device_of
 from mpiddl.errors import MismatchError, UnsupportedBufferError
 from mpiddl.overlap.engine import engine_of
@@ -211,3 +212,19 @@ def test_memory_that_is_claimed_has_no_name_any_more(world, agree, monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", claim_and_look)
     mpiddl.empty(1000)
     agree(links == [0] * (world.size > 1), links)
+
+
+@pytest.mark.host
+def test_whatever_adds_holds_the_lock(world, agree, monkeypatch):
+    """Scratch is not for two threads, and the engine's may add at the same time."""
+    engine, scratch, held = engine_of(world), HOST.scratch, []
+
+    def scratch_and_look(*arguments):
+        held.append(engine._lock.locked())
+        return scratch(*arguments)
+
+    monkeypatch.setattr(HOST, "scratch", scratch_and_look)
+    for tensor in (torch.ones(10, dtype=torch.bfloat16), mpiddl.empty(10_000, torch.bfloat16)):
+        for _ in range(3):
+            mpiddl.all_reduce(tensor.fill_(1), "mean")  # added in float32, which takes scratch
+    agree(all(held) and len(held) >= (6 if world.size > 1 else 0), held)

@@ -129,6 +129,7 @@ class Windows:
         finally:
             if own is not None:
                 os.unlink(own)
+        exchange(self._node, None)  # its name is gone
         return handle, problem
 
     def _forget_unmapped(self) -> None:

@@ -21,6 +21,7 @@ from mpiddl.errors import LaunchError, NotInitializedError, SettingsError
 from mpiddl.log import logger, name_rank
 from mpiddl.progress import waiting
 from mpiddl.settings import Settings, read
+from mpiddl.units import integer
 
 if TYPE_CHECKING:
     import torch
@@ -131,10 +132,13 @@ class World:
 
         Raises:
             ValueError: ``color`` is negative.
+            TypeError: ``color`` or ``key`` is no integer, and would be cut off to one.
         """
         from mpi4py import MPI
 
         self.check_open()
+        key = integer(key, "key")
+        color = None if color is None else integer(color, "color")
         if color is not None and color < 0:
             raise ValueError(f"color must not be negative, got {color}; None takes no part")
         part = self._comm.Split(MPI.UNDEFINED if color is None else color, key)

@@ -23,6 +23,7 @@ from mpiddl.errors import MismatchError, UnsupportedBufferError
 from mpiddl.overlap.engine import engine_of
 from mpiddl.overlap.work import Work
 from mpiddl.segments import split
+from mpiddl.units import integer
 from mpiddl.waits import Waits
 
 __all__ = [
@@ -167,10 +168,12 @@ def describe_dtype(tensor: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check_root(root: int, world: World) -> None:
-    """Raises: ValueError: ``root`` is no rank."""
+def check_root(root: int, world: World) -> int:
+    """``root``. Raises: ValueError: It is no rank. TypeError: It is no integer."""
+    root = integer(root, "root")
     if not 0 <= root < world.size:
         raise ValueError(f"root {root} is no rank of a world of {world.size}")
+    return root
 
 
 def check_same_dtype(output: Buffer, buffer: Buffer) -> None:
@@ -230,6 +233,7 @@ def parts_of(
                 f"pass {name}=[...], elements per rank"
             )
         return [buffer[part] for part in split(len(buffer), world.size)]
+    lengths = [integer(length, name) for length in lengths]
     if len(lengths) != world.size or min(lengths) < 0:
         raise ValueError(f"{name}={list(lengths)} must be {world.size} lengths, one for each rank")
     if sum(lengths) != len(buffer):

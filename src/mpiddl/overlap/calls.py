@@ -172,7 +172,7 @@ def broadcast(
     problem = None
     try:
         buffer = flat(tensor, any_dtype=True)
-        check_root(root, world)
+        root = check_root(root, world)
     except (ValueError, TypeError) as error:
         problem = error
     check_call(
@@ -216,7 +216,7 @@ def broadcast_json(value: Any, root: int = 0, *, world: World | None = None) -> 
     world = world or current_world()
     problem = _json_problem(value if root == world.rank else None, root, world)
     check_call(lambda: f"broadcast_json(root={root})", problem, world)
-    return run(world, objects.broadcast_json(value, root, new_channel(world)))
+    return run(world, objects.broadcast_json(value, int(root), new_channel(world)))
 
 
 def gather_json(value: Any, root: int | None = None, *, world: World | None = None) -> Any:
@@ -227,9 +227,10 @@ def gather_json(value: Any, root: int | None = None, *, world: World | None = No
         root: The rank that gets the list (the others get None); default every rank.
     """
     world = world or current_world()
-    problem = _json_problem(value, root or 0, world)
+    problem = _json_problem(value, 0 if root is None else root, world)
     check_call(lambda: f"gather_json(root={root})", problem, world)
-    return run(world, objects.gather_json(value, root, new_channel(world)))
+    hub = None if root is None else int(root)
+    return run(world, objects.gather_json(value, hub, new_channel(world)))
 
 
 def _json_problem(value: Any, root: int, world: World) -> Exception | None:

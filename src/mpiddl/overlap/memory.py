@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -11,6 +11,7 @@ from mpiddl.collectives.reduction import DTYPES
 from mpiddl.comm.world import World, current_world
 from mpiddl.devices.registry import device_at
 from mpiddl.errors import UnsupportedBufferError
+from mpiddl.units import integer
 
 __all__ = ["empty"]
 
@@ -43,7 +44,9 @@ def empty(
     """
     world = world or current_world()
     world.check_open()
-    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
+    sizes = tuple(
+        integer(size, "shape") for size in (shape if isinstance(shape, Iterable) else (shape,))
+    )
     if any(size < 0 for size in sizes):
         raise ValueError(f"a shape has no negative dimensions, got {sizes}")
     if dtype not in DTYPES:

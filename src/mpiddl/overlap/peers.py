@@ -11,6 +11,7 @@ from mpiddl.devices.base import Buffer
 from mpiddl.devices.registry import device_of
 from mpiddl.overlap.arguments import TensorOrArray, flat, launch
 from mpiddl.overlap.work import Work
+from mpiddl.units import integer
 
 __all__ = ["recv", "send"]
 
@@ -62,7 +63,7 @@ def send(
         ValueError: ``peer`` is not another rank, or ``tag`` is out of range.
     """
     world = world or current_world()
-    buffer, channel = _message(tensor, peer, tag, world)
+    buffer, peer, channel = _message(tensor, peer, tag, world)
     return launch(peers.send(buffer, peer, channel), world, tensor, async_, device_of(buffer))
 
 
@@ -101,14 +102,15 @@ def recv(
         MismatchError: Rank ``peer`` sent another dtype or number of elements.
     """
     world = world or current_world()
-    buffer, channel = _message(tensor, peer, tag, world)
+    buffer, peer, channel = _message(tensor, peer, tag, world)
     return launch(peers.receive(buffer, peer, channel), world, tensor, async_, device_of(buffer))
 
 
-def _message(tensor: object, peer: int, tag: int, world: World) -> tuple[Buffer, Channel]:
+def _message(tensor: object, peer: int, tag: int, world: World) -> tuple[Buffer, int, Channel]:
+    peer = integer(peer, "peer")
     if not 0 <= peer < world.size or peer == world.rank:
         raise ValueError(
             f"peer {peer} is not another rank than {world.rank} in a world of {world.size}"
         )
-    channel = Channel(world, world.tags.of_user(tag))
-    return flat(tensor, any_dtype=True), channel
+    channel = Channel(world, world.tags.of_user(integer(tag, "tag")))
+    return flat(tensor, any_dtype=True), peer, channel

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mpiddl.collectives.choose import choose
-from mpiddl.collectives.lane import NOWHERE, Lane
+from mpiddl.collectives.lane import NOWHERE, Lane, Place
 from mpiddl.collectives.lanes import Foreground, foreground_of
 from mpiddl.collectives.meeting import InWindow, Weights, in_turn, meet, pieces_of
 from mpiddl.collectives.reduction import DTYPES, reduction_of
@@ -119,20 +119,28 @@ class Quick:
             else:
                 place = show(buffer, lane, HOST)
             turn = lane.enter(place, plan.weight)
-            came = lane.has_come(turn, PATIENCE)
+            rest: Waits[Any] | None = None
+            # Whatever adds does so under the lock: scratch is not for two threads.
+            if not lane.has_come(turn, PATIENCE):
+                rest = _finish_late(buffer, plan.op, lane, turn)
+            elif plan.shown:
+                HOST.combine(plan.op, shown, plan.weights, [buffer])
+                lane.leave()
+            else:
+                rest = self._after_first_turn(buffer, plan, lane, place)
         finally:
             self._engine.leave()
-        if not came:  # another rank is late: help on whatever else is in flight
-            self._engine.run(_finish_late(buffer, plan.op, lane, turn), self._world)
-        elif plan.shown:
-            HOST.combine(plan.op, shown, plan.weights, [buffer])
-            lane.leave()
-        elif not (place.window and self._reduce_in_place(buffer, plan, lane)):
-            self._engine.run(finish(buffer, plan.op, lane, HOST), self._world)
+        if rest is not None:  # another rank is late: help on whatever else is in flight
+            self._engine.run(rest, self._world)
         return True
 
-    def _reduce_in_place(self, buffer: Buffer, plan: _Plan, lane: Lane) -> bool:
-        """``finish`` for buffers in windows, where all is known from another time."""
+    def _after_first_turn(
+        self, buffer: Buffer, plan: _Plan, lane: Lane, place: Place
+    ) -> Waits[Any] | None:
+        """As ``finish``; in windows, where all is known from another time, at once. Returns what is
+        left to do."""
+        if not place.window:
+            return finish(buffer, plan.op, lane, HOST)
         key = tuple(lane.notes_as_bytes())
         try:
             met = plan.met[key]
@@ -141,14 +149,13 @@ class Quick:
                 plan.met.clear()
             met = plan.met[key] = _meet(buffer, lane)
         if met is None:
-            return False
+            return finish(buffer, plan.op, lane, HOST)
         HOST.combine(plan.op, met.parts, met.weights, met.targets)
         turn = lane.raise_counter()
-        if lane.has_come(turn, PATIENCE):
-            lane.leave()
-        else:
-            self._engine.run(_leave_late(lane, turn), self._world)
-        return True
+        if not lane.has_come(turn, PATIENCE):
+            return _leave_late(lane, turn)
+        lane.leave()
+        return None
 
     def _plan(self, op: str, dtype: torch.dtype, length: int) -> _Plan | None:
         """Make and keep a plan; None where the long way is right, or has something to say."""

@@ -70,7 +70,7 @@ def reduce(
     try:
         buffer = flat(tensor)
         reduction = reduction_of(op, buffer.dtype, world.size)
-        check_root(root, world)
+        root = check_root(root, world)
     except (ValueError, TypeError) as error:
         problem = error
     check_call(

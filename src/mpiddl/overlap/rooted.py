@@ -82,7 +82,7 @@ def gather(
     problem = None
     parts: list[Buffer] = []
     try:
-        check_root(root, world)
+        root = check_root(root, world)
         buffer = flat(input, any_dtype=True)
         if world.rank == root:
             parts = _roots_parts(output, buffer, lengths, world, "output", "input")
@@ -145,7 +145,7 @@ def scatter(
     problem = None
     parts: list[Buffer] = []
     try:
-        check_root(root, world)
+        root = check_root(root, world)
         buffer = flat(output, any_dtype=True)
         if world.rank == root:
             parts = _roots_parts(input, buffer, lengths, world, "input", "output")
