@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy
 import torch
 
-__all__ = ["decode", "encode", "gapless", "overwrite"]
+__all__ = ["decode", "encode", "gapless", "overwrite", "renamed_as"]
 
 
 def encode(value: Any, where: str) -> tuple[Any, list[torch.Tensor]]:
@@ -110,3 +110,12 @@ def overwrite(tensor: torch.Tensor, values: torch.Tensor) -> None:
         if stride == 0 and tensor.shape[dim] > 1:
             tensor, values = tensor.narrow(dim, 0, 1), values.narrow(dim, 0, 1)
     tensor.copy_(values)
+
+
+def renamed_as(names: Iterable[str], state: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's ``state`` under ``names``: those of the same model, compiled or not.
+
+    ``torch.compile`` puts ``_orig_mod.`` into the names of what it wraps.
+    """
+    known = {name.replace("_orig_mod.", ""): name for name in names}
+    return {known.get(key.replace("_orig_mod.", ""), key): value for key, value in state.items()}

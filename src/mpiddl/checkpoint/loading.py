@@ -19,7 +19,7 @@ from mpiddl.errors import CheckpointError
 from mpiddl.log import logger
 from mpiddl.overlap.calls import broadcast, broadcast_json
 from mpiddl.overlap.together import raise_together
-from mpiddl.plain import decode
+from mpiddl.plain import decode, renamed_as
 
 __all__ = ["Checkpoint", "load"]
 
@@ -115,6 +115,9 @@ def _restore(
     problem, states = None, {}
     try:
         states = decode(index.parts, tensors)
+        for name, part in parts.items():
+            if isinstance(part, torch.nn.Module) and isinstance(states.get(name), dict):
+                states[name] = renamed_as(part.state_dict(), states[name])
         _refuse_others(path, states, parts)
         for name, part in parts.items():
             if hasattr(part, "load_state_dict"):
