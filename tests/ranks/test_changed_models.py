@@ -148,3 +148,33 @@ def test_state_dicts_go_round(world, agree):
     train(model, world)
     train(other, world)
     agree(all(map(torch.equal, model.parameters(), other.parameters())))
+
+
+def compiled(place):
+    """A small model, compiled as a whole or in part."""
+    net = mlp()
+    if place == "part":
+        net[2] = torch.compile(net[2], backend="eager")
+    model = torch.compile(net, backend="eager") if place == "inside" else net
+    model = mpiddl.DataParallel(model)
+    return torch.compile(model, backend="eager") if place == "around" else model
+
+
+def test_checkpoints_of_compiled_models_fit_plain_ones_and_back(world, agree, shared_tmp_path):
+    places = ["nowhere", "part", "inside", "around"]
+    states = {}
+    for place in places:
+        model = compiled(place)
+        with torch.no_grad():
+            next(model.parameters()).fill_(places.index(place))
+        states[place] = model.state_dict()
+        mpiddl.checkpoint.save(shared_tmp_path / place, 1, model=model)
+    for saved in places:
+        for loaded in places:
+            model, other = compiled(loaded), compiled(loaded)
+            mpiddl.checkpoint.load(shared_tmp_path / saved, model=model)
+            want = list(states[saved].values())
+            agree(all(map(torch.equal, model.state_dict().values(), want)), f"{saved}, {loaded}")
+            if loaded != "around":
+                other.load_state_dict(states[saved])
+                agree(all(map(torch.equal, other.state_dict().values(), want)))

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.functional import mse_loss
 
 import mpiddl
+from mpiddl.errors import GradientError
 from mpiddl.training import sync_batch_norm
 
 pytestmark = [pytest.mark.layout, pytest.mark.device]
@@ -202,6 +203,15 @@ def test_layers_that_cannot_be_converted(world, agree, caplog):
     with caplog.at_level("WARNING", logger="mpiddl"):
         module = mpiddl.SyncBatchNorm.convert(nn.Sequential(Own(2)))
     agree(type(module[0]) is Own)
+
+
+def test_gradients_of_gradients_are_refused_with_a_way_out(world, agree):
+    layer = mpiddl.SyncBatchNorm(2)
+    inputs = torch.randn(4, 2, requires_grad=True)
+    (gradient,) = torch.autograd.grad(layer(inputs).square().sum(), inputs, create_graph=True)
+    with pytest.raises(GradientError, match=r"differentiated twice.*GroupNorm"):
+        gradient.square().sum().backward()
+    agree(True)
 
 
 def test_torchs_layer_is_refused_at_wrapping(world, agree):

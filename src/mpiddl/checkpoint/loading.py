@@ -11,7 +11,6 @@ import torch
 
 from mpiddl.checkpoint.generators import from_text, set_random_state
 from mpiddl.checkpoint.index import RANDOM
-from mpiddl.checkpoint.names import in_names_of
 from mpiddl.checkpoint.opening import Found, open_together
 from mpiddl.checkpoint.own import PARTS, in_turn, name_of, parts_of, receive, send
 from mpiddl.checkpoint.places import Places, keep_bits, places_in_model, places_in_optimizer
@@ -19,6 +18,7 @@ from mpiddl.checkpoint.tensors import PIECE_BYTES, Kind
 from mpiddl.collectives.channel import Channel, bytes_of
 from mpiddl.comm.tuning import Choice
 from mpiddl.comm.world import World, current_world
+from mpiddl.compiled_names import in_names_of
 from mpiddl.devices.base import Buffer
 from mpiddl.errors import CheckpointError
 from mpiddl.log import logger

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from mpiddl.checkpoint.names import plain_name
 from mpiddl.checkpoint.tensors import METADATA, check_storable, nothing, write_tensors
+from mpiddl.compiled_names import plain_name
 from mpiddl.errors import CheckpointError
 from mpiddl.overlap.together import Tick
 

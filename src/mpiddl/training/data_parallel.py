@@ -13,6 +13,7 @@ import torch
 from mpiddl.buckets.plan import BucketPlan
 from mpiddl.comm import flight
 from mpiddl.comm.world import World, current_world
+from mpiddl.compiled_names import in_names_of
 from mpiddl.events import Kind
 from mpiddl.overlap.spans import span
 from mpiddl.training.comm_hooks import CommHook, hook_for_buckets
@@ -280,7 +281,13 @@ class DataParallel(torch.nn.Module):
         return self.module.state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-        """Into the wrapped model, under its own names; on every rank, or replicas differ."""
+        """Into the wrapped model, under its own names; on every rank, or replicas differ.
+
+        Also the state of this model compiled, where it is not, and the other way round.
+        """
+        here = self.module.state_dict()
+        if any(name not in here for name in state_dict):
+            state_dict = in_names_of(here, state_dict)
         return self.module.load_state_dict(state_dict, *args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:

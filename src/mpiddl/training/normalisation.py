@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import batch_norm
 
+from mpiddl.errors import GradientError
 from mpiddl.training.announcements import all_gather_rows, sum_up
 
 if TYPE_CHECKING:
@@ -53,8 +53,16 @@ class _Normalise(torch.autograd.Function):
         return batch_norm(input, mean, variance, wide_weight, wide_bias, False, 0.0, layer.eps)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        with torch.no_grad():
+            gradients = _Normalise._gradients(ctx, gradient)
+        if not torch.is_grad_enabled():
+            return gradients
+        depend_on = gradient, *ctx.saved_tensors  # with create_graph they remember that
+        return tuple(g if g is None else _Once.apply(g, *depend_on) for g in gradients)  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def _gradients(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         input, weight, mean, inverse = ctx.saved_tensors
         wide, dims, shape = _wide(gradient), _all_but_channels(input), _per_channel(input)
         centred = _wide(input) - mean.view(shape)
@@ -70,6 +78,22 @@ class _Normalise(torch.autograd.Function):
         of_weight = (sums[1] * inverse).to(weight.dtype) if ctx.needs_input_grad[1] else None
         of_bias = sums[0].to(weight.dtype) if ctx.needs_input_grad[2] else None
         return of_input, of_weight, of_bias, None
+
+
+class _Once(torch.autograd.Function):
+    """A gradient of ``_Normalise``, which has none of its own."""
+
+    @staticmethod
+    def forward(_ctx: Any, gradient: torch.Tensor, *_of: torch.Tensor | None) -> torch.Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(_ctx: Any, *_gradients: torch.Tensor) -> Any:
+        raise GradientError(
+            "mpiddl.SyncBatchNorm cannot be differentiated twice (a gradient penalty, "
+            "create_graph=True). Use LayerNorm, GroupNorm or InstanceNorm in such a network, or "
+            "leave its BatchNorm layers unconverted: their statistics are each rank's own then"
+        )
 
 
 def _wide(tensor: Any) -> Any:

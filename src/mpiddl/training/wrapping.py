@@ -103,9 +103,16 @@ def _check_parameter(name: str, parameter: torch.nn.Parameter, wrapper: _Wrapper
             f"parameter {name!r} has no shape yet; run one forward before wrapping"
         )
     if parameter.dtype not in FLOATS:
+        way_out = (
+            ". Keep it as a real parameter, torch.view_as_real(weight), and use "
+            "torch.view_as_complex(parameter) in forward"
+            if parameter.is_complex()
+            else ". Freeze it, requires_grad_(False), or keep it in one of those"
+        )
         raise UnsupportedBufferError(
             f"parameter {name!r} is {parameter.dtype}; valid are "
             + ", ".join(str(dtype) for dtype in FLOATS)
+            + way_out
         )
 
 
