@@ -12,7 +12,7 @@ from mpiddl.comm.launchers import (
     refuse_singleton,
     without_launcher,
 )
-from mpiddl.comm.layout import cores_per_rank
+from mpiddl.comm.layout import cores_of
 from mpiddl.comm.library import EAGER_BYTES, library_name, set_defaults
 from mpiddl.errors import SingletonError
 from mpiddl.settings import read as read_settings
@@ -198,7 +198,8 @@ def test_a_chunk_is_sent_without_asking():
 
 def test_cores_are_shared_unless_bound():
     everywhere = list(range(8))
-    assert cores_per_rank([everywhere] * 3, 1) == 2
-    assert cores_per_rank([[0], [1]], 1) == 1
-    assert cores_per_rank([[0, 1, 2, 3], [4, 5, 6, 7]], 0) == 4
-    assert cores_per_rank([[0]] * 4, 2) == 1
+    assert cores_of([everywhere], 0) == (8, 1)
+    assert cores_of([everywhere] * 3, 1) == (2, 3)
+    assert cores_of([[0], [1]], 1) == (1, 1)
+    assert cores_of([[0, 1, 2, 3], [4, 5, 6, 7]], 0) == (4, 1)
+    assert cores_of([[0]] * 4, 2) == (1, 4)

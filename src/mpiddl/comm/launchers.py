@@ -137,9 +137,14 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
 
 
 def _without_mpi(environ: Mapping[str, str], names: _Variables) -> Launch:
-    variables = (names.rank, names.size, names.local_rank, names.local_size)
-    numbers = (_number(environ, name) for name in variables)
-    return Launch(names.launcher, *numbers, starts_mpi=False)
+    return Launch(
+        launcher=names.launcher,
+        rank=_number(environ, names.rank),
+        size=_number(environ, names.size),
+        local_rank=_number(environ, names.local_rank),
+        local_size=_number(environ, names.local_size),
+        starts_mpi=False,
+    )
 
 
 # What launchers tell a process about the job that it is in, and users a launcher about where to
