@@ -60,6 +60,7 @@ def rank(number=0, hostname="a", mpi_changes=None, **changes):
         "cores": [0, 1],
         "node_cores": 2,
         "omp_num_threads": "1",
+        "threads_rule": "OMP_NUM_THREADS=1",
         "start_method": "forkserver",
         "shared_memory_bytes": 1 << 33,
         "interfaces": [],

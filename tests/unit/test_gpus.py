@@ -19,7 +19,7 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 def layout(*nodes):
     firsts = tuple(ranks[0] for ranks in nodes)
-    return Layout(0, 0, len(nodes[0]), 0, len(nodes), 1, False, nodes, firsts)
+    return Layout(0, 0, len(nodes[0]), 0, len(nodes), 1, 1, False, nodes, firsts)
 
 
 @NO_GPU

@@ -17,7 +17,7 @@ from mpiddl.comm.launchers import (
     refuse_singleton,
     without_launcher,
 )
-from mpiddl.comm.layout import cores_per_rank
+from mpiddl.comm.layout import cores_of
 from mpiddl.comm.library import EAGER_BYTES, library_name, set_defaults
 from mpiddl.errors import SingletonError
 from mpiddl.settings import read as read_settings
@@ -238,3 +238,9 @@ def test_cores_that_the_job_may_use_count_and_not_those_of_the_machine():
         lists = [",".join(map(str, numbers)) for numbers in (mine, bound_to)]
         said = subprocess.check_output([sys.executable, "-c", LAUNCHER, RANK, *lists], text=True)
         assert int(said) == len(mine)
+
+    assert cores_of([everywhere], 0) == (8, 1)
+    assert cores_of([everywhere] * 3, 1) == (2, 3)
+    assert cores_of([[0], [1]], 1) == (1, 1)
+    assert cores_of([[0, 1, 2, 3], [4, 5, 6, 7]], 0) == (4, 1)
+    assert cores_of([[0]] * 4, 2) == (1, 4)

@@ -25,7 +25,7 @@ from mpiddl.training.calibration import fastest
 
 def layout(*nodes):
     firsts = tuple(ranks[0] for ranks in nodes)
-    return Layout(0, 0, len(nodes[0]), 0, len(nodes), 1, False, nodes, firsts)
+    return Layout(0, 0, len(nodes[0]), 0, len(nodes), 1, 1, False, nodes, firsts)
 
 
 LAYOUT = layout((0, 1), (2,))

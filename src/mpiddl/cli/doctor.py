@@ -165,7 +165,11 @@ def _rows(report: dict[str, Any], facts: dict[str, Any]) -> list[tuple[str, str]
         ("MPI settings", f"{_listed(mpi['defaults'])}, set by mpiddl" if mpi else "-"),
         ("launcher", report["launcher"] or "none (started alone)"),
         ("ranks", f"{len(report['ranks'])} on {len(hosts)} node(s)"),
-        ("torch", f"{versions['torch']}, {gpu['torch_threads']} thread(s) a rank"),
+        (
+            "torch",
+            f"{versions['torch']}, {gpu['torch_threads']} thread(s) a rank "
+            f"({facts['threads_rule']})",
+        ),
         ("network", ", ".join(interfaces) or "loopback only"),
         *_gpu_rows(gpu),
         ("GPU to GPU", _rates(report["gpu_copies"])),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpiddl.progress import waiting
@@ -12,7 +14,7 @@ from mpiddl.progress import waiting
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-__all__ = ["Layout", "cores_per_rank", "exchange", "find_layout"]
+__all__ = ["Layout", "cores_of", "exchange", "find_layout"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Layout:
         node_rank: This node among all, in the order of their lowest ranks.
         num_nodes: Number of nodes.
         cores: Cores that this rank can count as its own, at least 1.
+        sharers: Ranks of the node that may run on some of the same cores, this one included.
         crowded: The ranks of this node outnumber the cores that they may run on.
         nodes: The ranks of every node, ascending.
         firsts: The rank of every node that has local rank 0.
@@ -38,6 +41,7 @@ class Layout:
     node_rank: int
     num_nodes: int
     cores: int
+    sharers: int
     crowded: bool
     nodes: tuple[tuple[int, ...], ...]
     firsts: tuple[int, ...]
@@ -71,7 +75,9 @@ def find_layout(comm: MPI.Comm, node: MPI.Comm, announced: int | None) -> Layout
         announced: This rank's local rank, as the launcher has it.
     """
     place = node.Get_rank()
-    affinities = exchange(node, sorted(os.sched_getaffinity(0)))
+    allowed = sorted(os.sched_getaffinity(0))
+    affinities = exchange(node, allowed)
+    cores = cores_of(exchange(node, _whole_cores(allowed)), place)
     local_ranks = exchange(node, announced)
     if set(local_ranks) != set(range(len(local_ranks))):  # a part of the job, or no launcher
         local_ranks = list(range(len(local_ranks)))
@@ -87,15 +93,16 @@ def find_layout(comm: MPI.Comm, node: MPI.Comm, announced: int | None) -> Layout
         local_size=node.Get_size(),
         node_rank=list(members).index(lowest_of[comm.Get_rank()]),
         num_nodes=len(members),
-        cores=cores_per_rank(affinities, place),
+        cores=cores[0],
+        sharers=cores[1],
         crowded=len(affinities) > len({core for cores in affinities for core in cores}),
         nodes=tuple(tuple(ranks) for ranks in members.values()),
         firsts=tuple(first_of[lowest] for lowest in members),
     )
 
 
-def cores_per_rank(affinities: list[list[int]], place: int) -> int:
-    """Cores that a rank of a node can count as its own; at least 1.
+def cores_of(affinities: list[list[int]], place: int) -> tuple[int, int]:
+    """How many cores a rank of a node can count as its own, at least 1, and the ranks that share.
 
     Args:
         affinities: The cores each rank of the node may run on. A launcher that binds gives
@@ -104,4 +111,16 @@ def cores_per_rank(affinities: list[list[int]], place: int) -> int:
     """
     mine = set(affinities[place])
     sharers = sum(1 for other in affinities if mine & set(other))
-    return max(1, len(mine) // sharers)
+    return max(1, len(mine) // sharers), sharers
+
+
+def _whole_cores(allowed: list[int]) -> list[int]:
+    """Each core of ``allowed`` by its first hardware thread: a second one computes little more."""
+    firsts = set()
+    for number in allowed:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list")
+        try:
+            firsts.add(int(re.split("[-,]", siblings.read_text())[0]))
+        except (OSError, ValueError):  # a system that does not tell
+            firsts.add(number)
+    return sorted(firsts)

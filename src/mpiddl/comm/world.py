@@ -14,7 +14,7 @@ from mpiddl.comm.messages import Messages, Tags
 from mpiddl.comm.native import Native
 from mpiddl.comm.processes import refuse_child_process
 from mpiddl.comm.reach import find_reach
-from mpiddl.comm.threads import limit_torch_threads
+from mpiddl.comm.threads import share_cores
 from mpiddl.comm.tuning import Choice, read_choices
 from mpiddl.comm.windows import Windows
 from mpiddl.errors import LaunchError, NotInitializedError, SettingsError
@@ -273,7 +273,7 @@ def init(comm: MPI.Comm | None = None, *, device: str | torch.device | None = No
             world.local_rank,
         )
     flight.begin(world, world._comm)
-    limit_torch_threads(world.layout.cores)
+    share_cores(world.layout.cores, world.layout.sharers)
     if settings.offer_rank:
         offers.offer(world.rank, world.size, world.local_rank)
     _current = world

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 import mpiddl
-from mpiddl.comm import library
+from mpiddl.comm import library, threads
 from mpiddl.comm.world import World
 from mpiddl.devices.probe import staging_verdict
 from mpiddl.devices.probe_facts import ucx_facts
@@ -45,6 +45,7 @@ def rank_facts(world: World | None, test: bool = False) -> dict[str, Any]:
         "cores": sorted(os.sched_getaffinity(0)),
         "node_cores": psutil.cpu_count(logical=True),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+        "threads_rule": threads.rule(),
         "start_method": multiprocessing.get_start_method(allow_none=True)
         or multiprocessing.get_context().get_start_method(),
         "shared_memory_bytes": shutil.disk_usage(SHARED_MEMORY).free
