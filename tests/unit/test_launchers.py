@@ -211,10 +211,11 @@ def test_a_chunk_is_sent_without_asking():
 
 def test_cores_are_shared_unless_bound():
     everywhere = list(range(8))
-    assert cores_per_rank([everywhere] * 3, 1) == 2
-    assert cores_per_rank([[0], [1]], 1) == 1
-    assert cores_per_rank([[0, 1, 2, 3], [4, 5, 6, 7]], 0) == 4
-    assert cores_per_rank([[0]] * 4, 2) == 1
+    assert cores_of([everywhere], 0) == (8, 1)
+    assert cores_of([everywhere] * 3, 1) == (2, 3)
+    assert cores_of([[0], [1]], 1) == (1, 1)
+    assert cores_of([[0, 1, 2, 3], [4, 5, 6, 7]], 0) == (4, 1)
+    assert cores_of([[0]] * 4, 2) == (1, 4)
 
 
 LAUNCHER = """
@@ -238,9 +239,3 @@ def test_cores_that_the_job_may_use_count_and_not_those_of_the_machine():
         lists = [",".join(map(str, numbers)) for numbers in (mine, bound_to)]
         said = subprocess.check_output([sys.executable, "-c", LAUNCHER, RANK, *lists], text=True)
         assert int(said) == len(mine)
-
-    assert cores_of([everywhere], 0) == (8, 1)
-    assert cores_of([everywhere] * 3, 1) == (2, 3)
-    assert cores_of([[0], [1]], 1) == (1, 1)
-    assert cores_of([[0, 1, 2, 3], [4, 5, 6, 7]], 0) == (4, 1)
-    assert cores_of([[0]] * 4, 2) == (1, 4)
