@@ -69,7 +69,7 @@ class BufferBroadcast:
         self._module = module
         self._control = control
         self._work: Work | None = None
-        self._place = next(module.parameters()).device
+        self._place = next((p.device for p in module.parameters()), torch.device("cpu"))
         self._active = control.size > 1 and any(True for _ in module.buffers())
         self._warned: set[str] = set()
         self._targets: dict[str, torch.Tensor] = {}
