@@ -105,7 +105,8 @@ class BufferBroadcast:
             return
         self._seen, self._own = seen, []
         for name, buffer in self._targets.items():
-            problem = why_not_plain(buffer)
+            reason = why_not_plain(buffer)
+            problem = reason and reason.problem
             if problem is None and buffer.device != self._place:
                 problem = f"on {buffer.device}, not on {self._place}"
             if problem is not None:

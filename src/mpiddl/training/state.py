@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -14,7 +15,7 @@ from mpiddl.devices.registry import device_of
 from mpiddl.overlap.engine import engine_of
 from mpiddl.plain import gapless, overwrite
 
-__all__ = ["broadcast_state", "named_state", "why_not_plain"]
+__all__ = ["NotPlain", "broadcast_state", "named_state", "why_not_plain"]
 
 
 def named_state(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -23,16 +24,30 @@ def named_state(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_buffers()
 
 
-def why_not_plain(tensor: torch.Tensor) -> str | None:
+class NotPlain(NamedTuple):
+    """Why a tensor has no memory that ranks can exchange, and what to do about it."""
+
+    problem: str
+    way_out: str
+
+
+def why_not_plain(tensor: torch.Tensor) -> NotPlain | None:
     """What ``tensor`` is that has no plain memory to exchange; None if it has."""
+    apart = (
+        "keep it as a plain attribute of its module, or register its parts (indices and values, "
+        "say) as dense buffers"
+    )
     if tensor.layout is not torch.strided or tensor.is_sparse:
-        return f"a sparse tensor ({tensor.layout})"
+        return NotPlain(f"a sparse tensor ({tensor.layout})", apart)
     if torch.nn.parameter.is_lazy(tensor):
-        return "without a shape yet"
+        return NotPlain("without a shape yet", "run one forward before wrapping")
     if tensor.is_meta:
-        return "on the meta device"
+        return NotPlain(
+            "on the meta device",
+            "give the model memory, model.to_empty(device=world.device), and initial values",
+        )
     if tensor.is_quantized or tensor.is_nested:
-        return "a quantized tensor" if tensor.is_quantized else "a nested tensor"
+        return NotPlain("a quantized tensor" if tensor.is_quantized else "a nested tensor", apart)
     return None
 
 

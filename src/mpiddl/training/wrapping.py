@@ -70,12 +70,10 @@ def trained_parameters(
         )
     first, place = named[0][0], named[0][1].device
     for name, tensor in named_state(module):
-        problem = why_not_plain(tensor)
-        if problem is not None:
+        reason = why_not_plain(tensor)
+        if reason is not None:
             raise UnsupportedBufferError(
-                f"{name!r} is {problem}, which ranks cannot exchange. Keep it as a plain attribute "
-                "of its module, register its parts (indices and values, say) as dense buffers, or "
-                "run one forward before wrapping where it has no shape yet"
+                f"{name!r} is {reason.problem}, which ranks cannot exchange: {reason.way_out}"
             )
         if tensor.device != place:
             raise UnsupportedBufferError(
@@ -97,10 +95,6 @@ def _check_parameter(name: str, parameter: torch.nn.Parameter, wrapper: _Wrapper
         raise ValueError(
             f"parameter {name!r} is wrapped in DataParallel already and would be reduced twice; "
             "wrap a model once, or unwrap() the other wrapper first"
-        )
-    if isinstance(parameter, torch.nn.UninitializedParameter):
-        raise UnsupportedBufferError(
-            f"parameter {name!r} has no shape yet; run one forward before wrapping"
         )
     if parameter.dtype not in FLOATS:
         way_out = (
