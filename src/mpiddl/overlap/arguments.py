@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import numpy
 import torch
 
+from mpiddl import progress
 from mpiddl.buckets.agreement import odd_ones, who_has_what
 from mpiddl.collectives import objects
 from mpiddl.collectives.channel import Channel
@@ -57,7 +58,12 @@ def new_channel(world: World, lanes: Foreground | None = None) -> Channel:
 
     Tags are used again. What still runs on this rank with the same tag is completed first, or
     its messages would be taken for the new one's.
+
+    Raises:
+        NestedCallError: The caller is itself part of a collective. It has no tag, and no place in
+            a lane's queue, which nobody would leave.
     """
+    progress.refuse_nested()
     tag = world.tags.foreground()
     works = _async_works.get(world)
     earlier = works.get(tag) if works else None
