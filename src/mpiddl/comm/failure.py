@@ -271,7 +271,7 @@ class _Guard:
             sys.stderr.flush()
         _remove_shared_memory_files()
         # A launcher that is busy drops what it has not read of an aborted rank's output, and
-        # nobody tells how far it has read: seen with Open MPI on a loaded node.
+        # nobody tells how far it has read: seen with Open MPI and MPICH on a loaded node.
         time.sleep(LAST_WORDS_SECONDS)
         self._abort(status)
 
