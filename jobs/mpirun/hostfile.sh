@@ -25,4 +25,4 @@ fi
 # Called by its whole path, mpirun finds itself at the same place on the other hosts. -x sends
 # variables along, which ssh does not.
 exec "$(command -v mpirun)" --hostfile "$HOSTFILE" --map-by slot --bind-to none \
-    -x PATH -x OMP_NUM_THREADS python "$@"
+    -x PATH -x OMP_NUM_THREADS python "$@" </dev/null

@@ -31,4 +31,4 @@ hosts=()
 if [ -n "$HOSTFILE" ]; then
     hosts=(-machinefile "$HOSTFILE")
 fi
-exec "$MPIEXEC" "${hosts[@]}" -n "$RANKS" python "$@"
+exec "$MPIEXEC" "${hosts[@]}" -n "$RANKS" python "$@" </dev/null

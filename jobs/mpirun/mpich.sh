@@ -30,4 +30,4 @@ hosts=()
 if [ -n "$HOSTFILE" ]; then
     hosts=(-f "$HOSTFILE")
 fi
-exec "$MPIEXEC" "${hosts[@]}" -n "$RANKS" python "$@"
+exec "$MPIEXEC" "${hosts[@]}" -n "$RANKS" python "$@" </dev/null

@@ -18,4 +18,4 @@ if [ $# -eq 0 ]; then
 fi
 
 # By itself mpirun binds each rank to one core, for all its threads.
-exec mpirun -n "$RANKS" --bind-to none python "$@"
+exec mpirun -n "$RANKS" --bind-to none python "$@" </dev/null

@@ -161,3 +161,9 @@ def test_settings_name_every_algorithm():
 
 def test_version_is_in_the_changelog():
     assert f"## [{mpiddl.__version__}]" in (TOP / "CHANGELOG.md").read_text()
+
+
+def test_scripts_leave_standard_input_to_the_shell():
+    """A launcher reads all of it, and a loop around the script would run once."""
+    for script in (*(TOP / "jobs/mpirun").glob("*.sh"), TOP / "jobs/slurm/mpirun_in_sbatch.sbatch"):
+        assert 'python "$@" </dev/null' in script.read_text(), script
