@@ -124,7 +124,7 @@ class Reducer:
         sparse = [(name, parameter) for name, parameter in named if id(parameter) in others]
         self.sparse = SparseGradients([n for n, _ in sparse], [p for _, p in sparse])
         specs = [spec_of(name, parameter) for name, parameter in dense]
-        plan, choice = self.plans.first(specs)
+        plan, choice = self.plans.first(specs, named[0][1].device.type)
         if self._options.check:
             algorithm = self._options.algorithm
             agree_on_plan(self._module, plan, algorithm, self.sparse.names, self._control)
