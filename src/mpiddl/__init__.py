@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from mpiddl.overlap.rooted import scatter as scatter
     from mpiddl.overlap.work import Work as Work
     from mpiddl.training import replicas as replicas
+    from mpiddl.training.clipping import clip_grad_norm_ as clip_grad_norm_
     from mpiddl.training.data_parallel import DataParallel as DataParallel
     from mpiddl.training.join import join as join
     from mpiddl.training.overlapped_optimizer import OverlappedOptimizer as OverlappedOptimizer
@@ -61,6 +62,7 @@ _HOMES = {
     "broadcast": "mpiddl.overlap.calls",
     "broadcast_json": "mpiddl.overlap.calls",
     "checkpoint": "mpiddl.checkpoint",
+    "clip_grad_norm_": "mpiddl.training.clipping",
     "data": "mpiddl.data",
     "empty": "mpiddl.overlap.memory",
     "gather": "mpiddl.overlap.rooted",
@@ -92,6 +94,7 @@ __all__ = [
     "broadcast",
     "broadcast_json",
     "checkpoint",
+    "clip_grad_norm_",
     "data",
     "empty",
     "gather",

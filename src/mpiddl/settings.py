@@ -75,14 +75,17 @@ def _setting(default: Any, parse: Callable[[str], Any], help_text: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What MPIDDL_ALGORITHM, MPIDDL_CHECK, ... say; the fields are the lower-case names."""
+    """What MPIDDL_ALGORITHM, MPIDDL_CHECK, ... say; the fields are the lower-case names.
+
+    None: not set, and the default depends on the device.
+    """
 
     algorithm: str = _setting(
         "auto", _one_of(*ALGORITHM_NAMES), "all-reduce algorithm where a call names none"
     )
     check: bool = _setting(False, _parse_flag, "compare shape, dtype and op of every call")
-    bucket_size: int | str = _setting(4 << 20, _bucket_size, "largest gradient bucket, or auto")
-    chunk_size: int = _setting(512 << 10, _at_least(4096), "unit of pipelining in the ring")
+    bucket_size: int | str | None = _setting(None, _bucket_size, "largest gradient bucket, or auto")
+    chunk_size: int | None = _setting(None, _at_least(4096), "unit of pipelining in the ring")
     single_copy: bool = _setting(
         True, _parse_flag, "let the ranks of a node read and write each other's memory"
     )

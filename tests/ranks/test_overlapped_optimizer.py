@@ -287,7 +287,10 @@ def test_sparse_gradients_and_what_a_step_writes_into_groups(world, agree, optim
     agree(same(*models) and groups[0] == groups[1], groups)
 
 
-def test_clipping_after_waiting_is_right(world, agree):
+@pytest.mark.parametrize("waits", [True, False])
+def test_clipping_is_right(world, agree, waits):
+    """torch's after waiting; ours waits by itself."""
+    clip = torch.nn.utils.clip_grad_norm_ if waits else mpiddl.clip_grad_norm_
     results = []
     for overlaps in (False, True):
         model = mpiddl.DataParallel(make("mlp"), bucket_size=300, engine="inline")
@@ -295,9 +298,9 @@ def test_clipping_after_waiting_is_right(world, agree):
         for step in range(STEPS):
             stepper.zero_grad()
             model(batch("mlp", world, step)).square().mean().backward()
-            if overlaps:
+            if overlaps and waits:
                 stepper.wait_for_gradients()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+            clip(model.parameters(), 0.01)
             stepper.step()
         results.append(model)
     agree(same(*results))

@@ -1,7 +1,8 @@
-"""Optimizers that step gradients which were not reduced."""
+"""Steps that are not those of the other ranks: gradients that were not reduced, or left out."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import pytest
@@ -10,7 +11,7 @@ from ddp import batch, mlp
 from torch.nn.functional import mse_loss
 
 import mpiddl
-from mpiddl.errors import GradientError
+from mpiddl.errors import GradientError, MismatchError
 
 
 def arm(parameters, clears):
@@ -92,3 +93,36 @@ def test_gradients_that_were_set_by_hand_are_warned_of_once(world, agree, caplog
                 parameter.grad = gradient
             optimizer.step()
     agree(caplog.text.count("torch.autograd.grad") == 1, caplog.text)
+
+
+@pytest.fixture
+def checked(world):
+    """With MPIDDL_CHECK=1."""
+    before = world.settings
+    world.settings = dataclasses.replace(before, check=True)
+    yield world
+    world.settings = before
+
+
+def test_a_backward_that_one_rank_leaves_out_is_found_at_the_next(checked, agree):
+    world = checked
+    model = mpiddl.DataParallel(mlp())
+    last = 0 < world.rank == world.size - 1
+    inputs, _ = batch(world, 0)
+    with model.no_sync():
+        for _ in range(1 + last):  # accumulated: as many as a rank likes
+            model(inputs).sum().backward()
+    for _ in range(2):
+        model(inputs).sum().backward()
+    with model.batch(local=0 if last else 4, total=4 * max(1, world.size - 1)):
+        output = model(inputs)  # whose loss is bad on the last rank
+        if not last:
+            output.sum().backward()
+    if world.size == 1:
+        return
+    if last:
+        model(inputs)
+    output = model(inputs)
+    with pytest.raises(MismatchError, match=r"1 on rank 0.*2 on rank .*batch\(local=0"):
+        output.sum().backward()
+    agree(True)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
+from mpiddl.collectives.choose import chunk_bytes_for
 from mpiddl.errors import SettingsError
 from mpiddl.settings import Settings, read
+from mpiddl.training.options import options_from
 
 
 def test_defaults_and_foreign_variables():
@@ -33,6 +37,33 @@ def test_all_settings_are_read():
     assert settings == Settings(
         *("ring", True, *sizes, False, "table.json", "thread", *times, "host", "traces", False)
     )
+
+
+@pytest.mark.parametrize(
+    ("environ", "bucket", "gpu_bucket", "chunk", "gpu_chunk"),
+    [
+        ({}, 4 << 20, 25 << 20, 512 << 10, 4 << 20),
+        # What is the host's default counts on a GPU where it was asked for.
+        (
+            {"MPIDDL_BUCKET_SIZE": "4MiB", "MPIDDL_CHUNK_SIZE": "512KiB"},
+            *(4 << 20, 4 << 20),
+            *(512 << 10, 512 << 10),
+        ),
+        ({"MPIDDL_BUCKET_SIZE": "auto"}, None, None, 512 << 10, 4 << 20),
+    ],
+)
+def test_what_is_set_counts_on_every_device(environ, bucket, gpu_bucket, chunk, gpu_chunk):
+    settings = read(environ)
+    unset = {"bucket_size": None, "algorithm": None, "engine": None}
+    flags = {"nan_check": "off", "check_replicas_every": 0, "check": True}
+    flags |= dict.fromkeys(
+        ("find_unused_parameters", "static_graph", "broadcast_buffers", "rebuild_buckets"), False
+    )
+    for on_gpu, want in ((False, bucket), (True, gpu_bucket)):
+        assert options_from(settings, on_gpu=on_gpu, **unset, **flags).bucket_size == want
+    for late, want in ((False, chunk), (True, gpu_chunk)):
+        device, world = SimpleNamespace(late=late), SimpleNamespace(settings=settings)
+        assert chunk_bytes_for(device, world) == want
 
 
 @pytest.mark.parametrize(

@@ -133,18 +133,19 @@ def test_where_the_file_is(monkeypatch, tmp_path, caplog):
 def test_what_a_job_found_out_is_kept_beside_the_choices(tmp_path):
     file = tmp_path / "tune.json"
     found = {"bucket_size": 1 << 20, "engine": "thread"}
-    write_training(str(file), LAYOUT, "a model", found)
+    write_training(str(file), LAYOUT, "a model", found, "cpu")
     assert read_choices(str(file), LAYOUT) == []
     write_choices(file, CLUSTER, "2026-01-02", CHOICES)
-    write_training(str(file), LAYOUT, "another", {})
+    write_training(str(file), LAYOUT, "another", {}, "cpu")
 
     assert read_choices(str(file), LAYOUT) == CHOICES
-    assert read_training(str(file), LAYOUT, "a model") == found
-    assert read_training(str(file), LAYOUT, "unknown") is None
-    assert read_training(str(file), layout((0,)), "a model") is None
-    assert read_training("", LAYOUT, "a model") is None
+    assert read_training(str(file), LAYOUT, "a model", "cpu") == found
+    assert read_training(str(file), LAYOUT, "unknown", "cpu") is None
+    assert read_training(str(file), layout((0,)), "a model", "cpu") is None
+    assert read_training(str(file), LAYOUT, "a model", "cuda") is None  # another device
+    assert read_training("", LAYOUT, "a model", "cpu") is None
     file.write_text("[]")
-    assert read_training(str(file), LAYOUT, "a model") is None
+    assert read_training(str(file), LAYOUT, "a model", "cpu") is None
 
 
 def test_another_choice_must_be_clearly_faster():

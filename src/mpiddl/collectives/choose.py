@@ -22,10 +22,18 @@ from mpiddl.comm.world import World
 from mpiddl.devices.base import Buffer, Device
 from mpiddl.devices.host import HOST
 from mpiddl.errors import UnsupportedBufferError
-from mpiddl.settings import ALGORITHM_NAMES, Settings
+from mpiddl.settings import ALGORITHM_NAMES
 from mpiddl.waits import Waits
 
-__all__ = ["ALGORITHMS", "Algorithm", "AllReduce", "Chosen", "choose", "chunk_bytes_for"]
+__all__ = [
+    "ALGORITHMS",
+    "CHUNK_BYTES",
+    "Algorithm",
+    "AllReduce",
+    "Chosen",
+    "choose",
+    "chunk_bytes_for",
+]
 
 FEW_BYTES = 32 << 10
 """Up to here the number of messages counts, not their size."""
@@ -103,14 +111,16 @@ class Chosen:
         return self.algorithm.run(buffer, reduction, channel, device, self.chunk_bytes)
 
 
-GPU_CHUNK_BYTES = 4 << 20
-"""Where the user chose no other: a chunk costs the host some 20 us, a GPU's memory is fast."""
+CHUNK_BYTES, GPU_CHUNK_BYTES = 512 << 10, 4 << 20
+"""Where the user chose no other. A chunk costs the host some 20 us, and a GPU's memory is fast."""
 
 
 def chunk_bytes_for(device: Device, world: World) -> int:
     """The unit of pipelining on ``device``."""
     chosen = world.settings.chunk_size
-    return GPU_CHUNK_BYTES if device.late and chosen == Settings.chunk_size else chosen
+    if chosen is not None:
+        return chosen
+    return GPU_CHUNK_BYTES if device.late else CHUNK_BYTES
 
 
 def choose(

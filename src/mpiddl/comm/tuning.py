@@ -122,7 +122,7 @@ def write_choices(path: Path, cluster: str, measured: str, choices: Sequence[Cho
     _write(path, {**clusters, cluster: {**kept, **entry}})
 
 
-def read_training(setting: str, layout: Layout, model: str, kind: str = "cpu") -> Any:
+def read_training(setting: str, layout: Layout, model: str, kind: str) -> Any:
     """What a job found out for a model with this fingerprint; None if none did.
 
     Only from a file that MPIDDL_TUNE names. The caller sees whether the values can be used.
@@ -136,7 +136,7 @@ def read_training(setting: str, layout: Layout, model: str, kind: str = "cpu") -
 
 
 def write_training(
-    setting: str, layout: Layout, model: str, found: dict[str, Any], kind: str = "cpu"
+    setting: str, layout: Layout, model: str, found: dict[str, Any], kind: str
 ) -> None:
     """Remember what this job found out, in the file that MPIDDL_TUNE names, if it names one.
 

@@ -17,10 +17,12 @@ from typing import Any
 import psutil
 
 import mpiddl
+from mpiddl.collectives.choose import chunk_bytes_for
 from mpiddl.comm import library, threads
 from mpiddl.comm.world import World
 from mpiddl.devices.probe import staging_verdict
 from mpiddl.devices.probe_facts import ucx_facts
+from mpiddl.devices.registry import device_at
 from mpiddl.measure.gpus import gpu_facts
 from mpiddl.overlap.calls import gather_json
 
@@ -94,7 +96,7 @@ def _place(world: World) -> dict[str, int]:
         "node_rank": world.node_rank,
         "num_nodes": world.num_nodes,
         "own_cores": world.layout.cores,
-        "chunk_bytes": world.settings.chunk_size,
+        "chunk_bytes": chunk_bytes_for(device_at(world.device), world),
     }
 
 

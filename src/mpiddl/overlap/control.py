@@ -39,7 +39,7 @@ class Control:
 
     def largest(self, buffer: Buffer) -> None:
         """Make ``buffer`` the elementwise maximum over ranks."""
-        chunk_bytes = self._world.settings.chunk_size
+        chunk_bytes = chunk_bytes_for(HOST, self._world)
         waits = doubling_all_reduce(buffer, Reduction("max"), self._channel, HOST, chunk_bytes)
         self._engine.run(waits, self._world)
 

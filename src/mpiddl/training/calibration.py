@@ -52,12 +52,16 @@ class Calibration:
         world: The ranks.
         control: Carries the ranks' times.
         model: A fingerprint of the model.
+        kind: Of the device that it is on, ``"cpu"`` or ``"cuda"``: what is fast there.
     """
 
-    def __init__(self, options: Options, world: World, control: Control, model: str) -> None:
+    def __init__(
+        self, options: Options, world: World, control: Control, model: str, kind: str
+    ) -> None:
         self._world = world
         self._control = control
         self._model = model
+        self._kind = kind
         self._choices = self._known(self._choices_of(options))
         self._backwards = -WARM_UP
         self._ended = 0.0
@@ -84,7 +88,8 @@ class Calibration:
             return choices
         found = None
         if self._world.rank == 0:
-            found = read_training(self._world.settings.tune, self._world.layout, self._model)
+            file, layout = self._world.settings.tune, self._world.layout
+            found = read_training(file, layout, self._model, self._kind)
         found = self._control.broadcast_json(found)
         return [choice for choice in choices if choice._asdict() == found] or choices
 
@@ -122,11 +127,11 @@ class Calibration:
         chosen, self._choices = self._choices[best], [self._choices[best]]
         if self._world.rank == 0:
             logger.info("measured in the first steps: %s", chosen)
-            settings = self._world.settings
+            file, layout = self._world.settings.tune, self._world.layout
             try:
-                write_training(settings.tune, self._world.layout, self._model, chosen._asdict())
+                write_training(file, layout, self._model, chosen._asdict(), self._kind)
             except OSError as error:
-                logger.warning("%s cannot be written: %s", settings.tune, error.strerror)
+                logger.warning("%s cannot be written: %s", file, error.strerror)
         return chosen
 
 

@@ -30,6 +30,10 @@ class Deferral(Protocol):
         """``synchronize`` for the last time, and leave the model alone from now on."""
         ...
 
+    def wait_for_gradients(self) -> None:
+        """Wait for all of them: gradients can be read then."""
+        ...
+
     def synchronize(self) -> None:
         """Wait for all of them, and do what was to be done with them."""
         ...

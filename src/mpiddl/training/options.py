@@ -14,8 +14,8 @@ __all__ = ["AUTO", "NAN_CHECKS", "Options", "agree_on_options", "options_from"]
 
 AUTO = "auto"
 NAN_CHECKS = ("off", "warn", "error")
-GPU_BUCKET_BYTES = 25 << 20
-"""Where the user chose no other: each bucket costs launches of kernels and waits for them."""
+BUCKET_BYTES, GPU_BUCKET_BYTES = 4 << 20, 25 << 20
+"""Where the user chose no other. On a GPU each bucket costs launches of kernels, and waits."""
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,14 @@ def options_from(
         raise ValueError(f"nan_check={nan_check!r} is none of {', '.join(NAN_CHECKS)}")
     if check_replicas_every < 0:
         raise ValueError("check_replicas_every must not be negative; 0 turns it off")
-    chosen: int | str | None = settings.bucket_size if bucket_size is None else bucket_size
-    if on_gpu and chosen == Settings.bucket_size and bucket_size is None:
-        chosen = GPU_BUCKET_BYTES
-    if isinstance(chosen, str):
-        chosen = None if chosen == AUTO else parse_bytes(chosen)
-    if chosen is not None and chosen < 1:
+    chosen = settings.bucket_size if bucket_size is None else bucket_size
+    if chosen is None:
+        chosen = GPU_BUCKET_BYTES if on_gpu else BUCKET_BYTES
+    nbytes = None if chosen == AUTO else parse_bytes(chosen) if isinstance(chosen, str) else chosen
+    if nbytes is not None and nbytes < 1:
         raise ValueError(f"bucket_size={bucket_size!r} is not positive; write for example 4MiB")
     return Options(
-        bucket_size=chosen,
+        bucket_size=nbytes,
         algorithm=algorithm or settings.algorithm,
         engine=engine,
         nan_check=nan_check,

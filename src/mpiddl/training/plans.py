@@ -31,11 +31,12 @@ class Plans:
         self._calibration: Calibration | None = None
         self._order: list[int] | None = None
 
-    def first(self, specs: Sequence[ParameterSpec]) -> tuple[BucketPlan, Choice]:
-        """The plan for these parameters before a backward has shown anything. Collective."""
+    def first(self, specs: Sequence[ParameterSpec], kind: str) -> tuple[BucketPlan, Choice]:
+        """The plan for these parameters, on a device of this ``kind``, before a backward has shown
+        anything. Collective."""
         if self._calibration is None:
             model = agreement.digest([str(spec) for spec in specs])
-            self._calibration = Calibration(self._options, self._world, self._control, model)
+            self._calibration = Calibration(self._options, self._world, self._control, model, kind)
         self._order = None
         choice = self._calibration.present
         return plan_buckets(specs, choice.bucket_size), choice

@@ -27,7 +27,7 @@ from mpiddl.training.in_flight import InFlight, two_backwards
 from mpiddl.training.options import Options, agree_on_options
 from mpiddl.training.plans import Plans
 from mpiddl.training.roster import Roster
-from mpiddl.training.shares import weight_of_backward
+from mpiddl.training.shares import refuse_left_out, weight_of_backward
 from mpiddl.training.sparse import SparseGradients, sparse_weights
 from mpiddl.training.stats import Accounts, Stats
 from mpiddl.training.step_watch import watch_steps
@@ -104,6 +104,7 @@ class Reducer:
         self._looks = options.nan_check != "off" or options.static_graph
         self.plans = Plans(options, world, self._control)
         self._compared = False  # the model, in a forward since the last backward
+        self._forwards = 0  # since the last backward
         self._warned = False  # of gradients that went past the exchange
         self._backward: int | None = None  # autograd's number for the one that runs
         self._next: tuple[BucketPlan, Choice] | None = None  # for the next backward
@@ -124,7 +125,7 @@ class Reducer:
         sparse = [(name, parameter) for name, parameter in named if id(parameter) in others]
         self.sparse = SparseGradients([n for n, _ in sparse], [p for _, p in sparse])
         specs = [spec_of(name, parameter) for name, parameter in dense]
-        plan, choice = self.plans.first(specs)
+        plan, choice = self.plans.first(specs, named[0][1].device.type)
         if self._options.check:
             algorithm = self._options.algorithm
             agree_on_plan(self._module, plan, algorithm, self.sparse.names, self._control)
@@ -173,6 +174,7 @@ class Reducer:
             self.deferral.forward_begins()
         self.keep_up(self._roster.changed())
         self._compared = True
+        self._forwards += 1
 
     def begin_together(self) -> None:
         """Before ``join()``: ranks begin with the same plan. Collective."""
@@ -198,7 +200,7 @@ class Reducer:
     def gradient_ready(self, member: int, parameter: torch.nn.Parameter) -> None:
         """Called by the hook of parameter ``member`` when autograd has finished its gradient."""
         if not self.synchronises:
-            self._unreduced = True
+            self._unreduced, self._forwards = True, 0
             return
         gradient = parameter.grad
         if gradient is None:
@@ -230,18 +232,22 @@ class Reducer:
         """
         plan, parameter = self.plan, self._hooked[member][1]
         with self.accounts.exposed():
-            self._keep_up_in_backward()
+            self._keep_up_in_backward(self._forwards)
             self._weight = weight_of_backward(self, self.samples, self.total)
             self._begin()
         if self.plan is plan:
             return member
         return next(at for at, (_, hooked) in enumerate(self._hooked) if hooked is parameter)
 
-    def _keep_up_in_backward(self) -> None:
+    def _keep_up_in_backward(self, forwards: int | None) -> None:
+        """Before anything is reduced. ``forwards`` were run for it; None: by a rank that has no
+        samples."""
         # After a forward through the wrapper only this can have changed: the whole comparison
         # takes five times as long.
         self.keep_up(self._roster.retrained() if self._compared else self._roster.changed())
-        self._compared = False
+        self._compared, self._forwards = False, 0
+        if self.world.settings.check and announcements_of(self.world) is None:
+            refuse_left_out(self._control.gather_json(forwards))
 
     def _look_at(self, member: int, gradient: torch.Tensor) -> None:
         """Raise GradientError for one that must not be reduced."""
@@ -328,7 +334,7 @@ class Reducer:
         """This rank has no sample: take part in a backward of the others all the same."""
         if self._roster.rests:
             return  # no rank has a gradient
-        self._keep_up_in_backward()
+        self._keep_up_in_backward(None)
         self.shadow_begin(weight_of_backward(self, self.samples, self.total))
         self._finish()
 

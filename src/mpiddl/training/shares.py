@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from mpiddl.buckets.agreement import who_has_what
 from mpiddl.comm.world import World
 from mpiddl.errors import MismatchError
 from mpiddl.overlap.calls import gather_json
 from mpiddl.training.announcements import Joinable, announcements_of
 
-__all__ = ["check_share", "weight_of_backward"]
+__all__ = ["check_share", "refuse_left_out", "weight_of_backward"]
 
 
 def check_share(local: int, total: int | None, world: World) -> None:
@@ -35,6 +38,27 @@ def check_share(local: int, total: int | None, world: World) -> None:
                 f"samples, {summed} together, but were told "
                 f"total={[claimed for _, claimed in shares]}"
             )
+
+
+def refuse_left_out(forwards: Sequence[int | None]) -> None:
+    """Stop on every rank if one has left out a backward that others ran.
+
+    Args:
+        forwards: By rank, those in training since its last backward; None without samples.
+
+    Raises:
+        MismatchError: They are not equal.
+    """
+    counts = [count for count in forwards if count is not None]
+    if len(set(counts)) > 1:
+        raise MismatchError(
+            "the ranks are at different steps. Forwards in training since the last backward: "
+            f"{who_has_what(forwards)}. A rank must not leave out a backward that others run, "
+            "where its loss is NaN, say: its next one would be added to theirs of another step. "
+            "Let it take part with model.batch(local=0, total=...), or decide on all ranks "
+            'together, mpiddl.all_reduce(fine, op="min"). (Forwards that are not trained belong '
+            "under torch.no_grad().)"
+        )
 
 
 def weight_of_backward(model: Joinable, samples: int | None, total: int | None) -> float:
