@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import struct
 from collections.abc import Collection, Sequence
@@ -69,7 +70,8 @@ class BufferBroadcast:
         self._module = module
         self._control = control
         self._work: Work | None = None
-        self._place = next(module.parameters()).device
+        state = itertools.chain(module.parameters(), module.buffers())
+        self._place = next((tensor.device for tensor in state), torch.device("cpu"))
         self._active = control.size > 1 and any(True for _ in module.buffers())
         self._warned: set[str] = set()
         self._targets: dict[str, torch.Tensor] = {}
