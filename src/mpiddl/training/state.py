@@ -29,8 +29,6 @@ def why_not_plain(tensor: torch.Tensor) -> str | None:
         return f"a sparse tensor ({tensor.layout})"
     if torch.nn.parameter.is_lazy(tensor):
         return "without a shape yet"
-    if tensor.is_meta:
-        return "on the meta device"
     if tensor.is_quantized or tensor.is_nested:
         return "a quantized tensor" if tensor.is_quantized else "a nested tensor"
     return None
