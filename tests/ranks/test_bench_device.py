@@ -164,6 +164,7 @@ def test_the_staging_that_is_told_is_used(world, agree, device, monkeypatch, nam
 
     monkeypatch.setattr(Stage, "copy_out", counted)
     case = Case("all-reduce", 6 * KIB, torch.float32, "sum")
+    current = None, "ask"  # ranks tell each other how much memory there is
     found = candidates([name], "all-reduce", 6 * KIB, world, ["device", "host"])[0]
     for candidate in found:  # all of them first, as measure does
         current = candidate._staging, "prepare"
