@@ -132,6 +132,7 @@ def test_wrong_flags(start, arguments, words):
     assert "Traceback" not in job.both
 
 
+@pytest.mark.by_day(0)
 def test_what_a_peer_cannot_do_is_left_out_once(start):
     job = start(2, [*BENCH, "all-reduce", "--op", "mean", "--sizes", "64,128", "--repeats", "1"])
 
@@ -140,6 +141,7 @@ def test_what_a_peer_cannot_do_is_left_out_once(start):
     assert job.out.count(" auto ") == 4
 
 
+@pytest.mark.by_day(0)
 def test_plain_messages_are_measured_by_name(start, tmp_path):
     flags = ["--sizes", "8,100,3MiB", "--repeats", "1", "--algorithms", "ring,sendrecv"]
     job = start(3, [*BENCH, "all-reduce", *flags, "--json", str(tmp_path / "out.json")])
@@ -151,6 +153,7 @@ def test_plain_messages_are_measured_by_name(start, tmp_path):
     assert {(row["algorithm"], row["wrong"]) for row in rows} == {("ring", 0), ("sendrecv", None)}
 
 
+@pytest.mark.by_day(0)
 def test_one_rank_alone(start):
     flags = ["--sizes", "1KiB", "--repeats", "1"]
     job = start(1, [*BENCH, "all-reduce", *flags, "--algorithms", "all"])

@@ -25,6 +25,7 @@ def test_defaults_reach_the_bits(start, tmp_path):
     assert written.count(" ") > 20  # it has learnt of words
 
 
+@pytest.mark.by_day(0)
 def test_numbers_of_ranks_and_stops_change_nothing(start, tmp_path):
     """Batches of 23 windows; the last has few, over one rank, over three, and after a stop."""
     text = tmp_path / "text.txt"

@@ -27,7 +27,7 @@ def test_defaults_reach_the_accuracy(start, tmp_path):
     assert set(weights) >= {"0.weight", "9.bias"}
 
 
-@pytest.mark.by_day(1)
+@pytest.mark.by_day(0)
 @pytest.mark.parametrize("algorithm", ["ring", "library"])
 def test_an_uneven_last_batch_on_three_ranks(start, tmp_path, algorithm):
     """1,437 images in batches of 359: the last has one image, and two ranks have none."""

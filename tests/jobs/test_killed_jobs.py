@@ -176,6 +176,7 @@ def test_usr1_saves_and_leaves_with_a_status_of_its_own(start, tmp_path, whole, 
     assert (out / "model.safetensors").read_bytes() == whole
 
 
+@pytest.mark.by_day(0)
 def test_a_finished_run_can_go_on(start, tmp_path):
     flags = ["--epochs", "1", "--out", str(tmp_path)]
     job = start(2, [*DIGITS, *flags])

@@ -27,6 +27,7 @@ def test_defaults_reach_the_closed_form_on_four_ranks(start, tmp_path):
     assert job.out.count("largest difference") == 1
 
 
+@pytest.mark.by_day(0)
 def test_numpy_is_as_torch_and_goes_on_in_mid_epoch(start, tmp_path):
     """Batches of 300 samples of 1,000, over three ranks, over two, and over two that stopped."""
     by_torch, by_numpy = tmp_path / "torch", tmp_path / "numpy"

@@ -28,10 +28,11 @@ JOB = """
         def __getitem__(self, index):
             assert isinstance(self.images, numpy.memmap)
             assert self.lines[index] == f"line {index}"
+            assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == (os.environ["SEEN"], "2")
             return torch.tensor([int(self.images[index, 0]), os.getpid(), "mpi4py" in sys.modules])
 
-    def numbers():
-        assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == (os.environ["SEEN"], "2")
+    def numbers():  # the stream divides: its source must not
+        assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("0", "1")
         for number in range(LENGTH):
             assert "mpi4py" not in sys.modules
             yield number

@@ -52,6 +52,7 @@ def test_the_perceptron_on_two_and_three_ranks(start, tmp_path):
         assert two["test_accuracy"] == pytest.approx(three["test_accuracy"], abs=0.01)
 
 
+@pytest.mark.by_day(0)
 def test_the_cnn_goes_on_in_mid_epoch_to_the_same_bits(start, tmp_path):
     """With dropout, whose random numbers go on too. An epoch has 23 steps."""
     flags = ["--model", "cnn", "--epochs", "4", "--checkpoint-every", "30", "--keep", "9"]
@@ -69,6 +70,7 @@ def test_the_cnn_goes_on_in_mid_epoch_to_the_same_bits(start, tmp_path):
     assert (tmp_path / "model.safetensors").read_bytes() == whole
 
 
+@pytest.mark.by_day(0)
 def test_files_that_a_user_has(start, tmp_path, digits):
     write(tmp_path, digits, packed=FILES[1:3])
     flags = ["--data", tmp_path, "--epochs", "3", "--batch-size", "100"]

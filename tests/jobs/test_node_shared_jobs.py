@@ -174,7 +174,7 @@ def test_nothing_is_left_at_exit(start, folder, end):
     assert names(folder) == set()
 
 
-@pytest.mark.by_day(1)
+@pytest.mark.by_day(0)
 @pytest.mark.parametrize("end", ["an exception", "Ctrl-C"])
 def test_at_the_latest_the_next_start_removes_it(start, folder, tmp_path, end):
     if end == "Ctrl-C":

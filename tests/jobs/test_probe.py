@@ -80,6 +80,7 @@ def test_what_cannot_start_is_no_answer(start, mark):
     assert not left_behind(mark)
 
 
+@pytest.mark.by_day(0)
 def test_without_a_launcher_a_rank_sends_to_itself(start, mark):
     code = RUN.replace('mpi["library"], mpi["path"]', '"an MPI without a launcher", None')
     job = start(2, code, json.dumps([[60, mark], [60, mark, "--crash-at", "4096"]]))

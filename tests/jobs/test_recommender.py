@@ -38,6 +38,7 @@ def u_data(path, count):
     return path
 
 
+@pytest.mark.by_day(0)
 def test_dense_on_three_ranks_is_as_sparse_on_two(start, tmp_path):
     from safetensors.torch import load_file
 
@@ -54,6 +55,7 @@ def test_dense_on_three_ranks_is_as_sparse_on_two(start, tmp_path):
         assert (sparse - weights[1][name]).abs().max() < 1e-3, name
 
 
+@pytest.mark.by_day(0)
 def test_compare_tells_that_sparse_sends_less(start, tmp_path):
     flags = ["--compare", "--steps", "20", "--users", "5000", "--items", "2000", "--dim", "16"]
     job = start(2, program("recommender", *flags, "--out", tmp_path))

@@ -20,7 +20,7 @@ def test_defaults_solve_it(start, tmp_path):
     assert sum(returns[-5:]) / 5 >= 475
 
 
-@pytest.mark.by_day(1)
+@pytest.mark.by_day(0)
 @pytest.mark.parametrize("episodes", [2, 7])  # one rank has none; ranks have different numbers
 def test_world_size_changes_nothing(start, tmp_path, episodes):
     flags = ["--epochs", 5, "--batch-size", episodes]
@@ -37,6 +37,7 @@ def test_world_size_changes_nothing(start, tmp_path, episodes):
         torch.testing.assert_close(values, parameters[1][name], atol=1e-9, rtol=0)
 
 
+@pytest.mark.by_day(0)
 def test_it_goes_on_after_any_update(start, tmp_path):
     """Checkpoints are saved after an update and before its epoch ends: no update comes twice."""
     flags = ["--epochs", 6, "--batch-size", 5, "--checkpoint-every", 4, "--out", tmp_path]

@@ -52,6 +52,7 @@ def table(path, count, spoil=None):
     return path
 
 
+@pytest.mark.by_day(0)
 def test_a_table_of_a_user_is_the_same_on_one_and_three_ranks(start, tmp_path):
     flags = ["--data", table(tmp_path / "p.csv", 400), "--label", "outcome", "--batch-size", "25"]
     for ranks in (1, 3):

@@ -38,6 +38,7 @@ def test_defaults_reach_the_accuracy(start, tmp_path, model, accuracy):
     assert accuracy <= rows(tmp_path)[-1]["test_accuracy"] < 0.99
 
 
+@pytest.mark.by_day(0)
 def test_numbers_of_ranks_and_stops_change_nothing(start, tmp_path, folder):
     """96 texts in batches of 23: the last has four, over one rank, over three, and after a stop."""
     one, three = tmp_path / "one", tmp_path / "three"

@@ -6,6 +6,8 @@ import json
 import os
 import re
 
+import pytest
+
 from mpiddl.measure import trace
 
 TRAIN = """
@@ -92,6 +94,7 @@ def test_a_failure_names_the_flight_recorder(start, tmp_path):
     assert sorted(os.listdir(folder)) == ["rank-0.events", "rank-1.events"]
 
 
+@pytest.mark.by_day(0)
 def test_a_good_end_leaves_nothing(start, tmp_path):
     for ranks in (1, 2):
         job = start(ranks, TRAIN.format(action="pass"), env={"TMPDIR": str(tmp_path)})
@@ -99,6 +102,7 @@ def test_a_good_end_leaves_nothing(start, tmp_path):
     assert list(tmp_path.glob("mpiddl-*/*")) == []
 
 
+@pytest.mark.by_day(0)
 def test_a_folder_that_cannot_be_written(start, tmp_path):
     (tmp_path / "file").write_text("")
     job = start(2, "import mpiddl; mpiddl.init()", env={"MPIDDL_TRACE": str(tmp_path / "file")})
