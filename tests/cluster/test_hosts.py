@@ -14,6 +14,7 @@ FEW = [f"{RANKS}/test_{name}.py" for name in ("every_collective", "all_reduce", 
 MORE = [f"{RANKS}/test_{name}.py" for name in ("data_parallel", "engine", "many_at_once")]
 
 
+@pytest.mark.by_day(2)
 @pytest.mark.parametrize(
     ("options", "files"),
     [
@@ -24,7 +25,7 @@ MORE = [f"{RANKS}/test_{name}.py" for name in ("data_parallel", "engine", "many_
     ids=lambda value: " ".join(value) if "tests" not in value[0] else "",
 )
 def test_what_holds_on_one_node_holds_on_several(lab, options, files):
-    job = lab(options, "python", "-m", "pytest", "-q", *files)
+    job = lab(options, "python", "-m", "pytest", "-q", *files, "-m", "not thorough")
 
     assert job.returncode == 0, job.stdout[-3000:] + job.stderr[-1000:]
     assert " passed" in job.stdout
