@@ -41,7 +41,7 @@ PYTEST := python -m pytest -q
 STAGED := all_reduce collectives data_parallel engine every_collective nodes overlapped_optimizer windows
 
 .PHONY: help install train test test-all test-nightly test-mutations test-unit test-house test-core test-job test-rest \
-	test-jobs test-layouts test-late test-libraries test-mpich test-intel test-cluster test-slurm test-gpu \
+	test-jobs test-programs test-ends test-layouts test-late test-libraries test-mpich test-intel test-cluster test-slurm test-gpu \
 	bench lab-bench bench-gpu lab gpu-env check clean FORCE
 .DELETE_ON_ERROR:
 
@@ -127,8 +127,20 @@ test-ranks-%: install FORCE
 test-rest: install
 	$(RUN) 3 $(PYTEST) tests/ranks -m thorough
 
+# Two at a time: a job waits more than it computes, for launchers, for limits, for ranks to be gone.
+# Programs that end well go beside those whose shared memory is looked at afterwards.
+PROGRAMS := $(patsubst %,tests/jobs/test_%.py,bench bench_overlap charlm data_report digits linear mnist recommender reinforce \
+	risk slurm_command textclass tune)
+JOBS = tmp=$$(mktemp -d) && MPI=$(MPI) PYTEST_DEBUG_TEMPROOT=$$tmp $(BIN)/$(PYTEST) $(SMOKE:%=--deselect %)
+
 test-jobs: install
-	MPI=$(MPI) $(BIN)/$(PYTEST) tests/jobs $(SMOKE:%=--deselect %)
+	$(MAKE) -j2 -O test-programs test-ends
+
+test-programs: install
+	$(JOBS) $(PROGRAMS); status=$$?; rm -rf $$tmp; exit $$status
+
+test-ends: install
+	$(JOBS) tests/jobs $(PROGRAMS:%=--ignore %); status=$$?; rm -rf $$tmp; exit $$status
 
 # Groups of two and three ranks are made of the four.
 test-layouts: install

@@ -18,6 +18,8 @@ BIN = Path(sys.executable).parent
 MPIRUN = str(TOP / "tools" / "mpirun")
 HANGS = 600
 """Seconds after which a job is stuck; the slowest takes a tenth of that on an idle machine."""
+SOON = 20
+"""Seconds; on an idle machine less than one."""
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # some launchers give ranks a terminal
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 
@@ -77,6 +79,14 @@ def shared_memory_files():
     before = {path.name for path in SHARED_MEMORY.iterdir()}
 
     def left():
+        until = time.monotonic() + SOON
+        while found := unmapped():  # a launcher may still be cleaning up
+            if time.monotonic() > until:
+                return found
+            time.sleep(0.05)
+        return set()
+
+    def unmapped():
         new = {path.name for path in SHARED_MEMORY.iterdir()} - before
         return {name for name in new if not any(name in maps for maps in all_maps())}
 

@@ -11,10 +11,7 @@ import time
 
 import psutil
 import pytest
-from conftest import MPIRUN
-
-SOON = 20.0
-"""Seconds; on an idle machine less than one."""
+from conftest import MPIRUN, SOON
 
 WORK_FOR_EVER = """
     import sys, time, torch, mpiddl
