@@ -104,8 +104,9 @@ test: test-unit test-house test-core test-job
 
 test-all: test test-rest test-jobs test-layouts test-late test-libraries test-cluster
 
+# One thread: on a busy machine several wait for each other, in every sum.
 test-unit: install
-	$(BIN)/$(PYTEST) tests/unit
+	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST) tests/unit
 
 test-house: install
 	$(BIN)/$(PYTEST) tests/house
