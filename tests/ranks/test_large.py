@@ -1,23 +1,42 @@
-"""More elements than a 32-bit count can say: MPI's own counts end there."""
+"""Messages in pieces, and more elements than a 32-bit count can say: MPI's own counts end there."""
 
 from __future__ import annotations
 
 import mmap
 
+import numpy
 import psutil
 import pytest
 import torch
 
 import mpiddl
 
-pytestmark = [pytest.mark.thorough, pytest.mark.library]
+pytestmark = pytest.mark.library
 
 LENGTH = (1 << 31) + 3
 MARKS = {0: 1, (1 << 30) - 1: 2, 1 << 30: 3, (1 << 31) - 1: 4, 1 << 31: 5, LENGTH - 1: 6}
 """Values by place: around the ends of messages, of 32-bit counts, and of the buffer."""
 
 
-@pytest.fixture(autouse=True)
+def test_a_message_in_pieces_arrives_whole(world, agree):
+    messages = world.messages.in_pieces(100)
+    (tag,) = tags = world.tags.keep(1)
+    sent, got = (numpy.arange(1003).astype("u1") * factor for factor in (3, 0))
+
+    peers = (world.rank + 1) % world.size, (world.rank - 1) % world.size
+    waits = [
+        move(array.ctypes.data, array.nbytes, peer, tag, array)
+        for move, array, peer in zip(
+            (messages.send, messages.receive), (sent, got), peers, strict=True
+        )
+    ]
+    while not all(wait.done() for wait in waits):
+        pass
+    agree(numpy.array_equal(got, sent), got)
+    world.tags.give_back(tags)
+
+
+@pytest.fixture
 def enough_memory(world):
     if world.size != 2:
         pytest.skip("two ranks are enough")
@@ -54,6 +73,8 @@ def problem(buffer, factor=1):
     return f"{strays} strays" if strays else ""
 
 
+@pytest.mark.thorough
+@pytest.mark.usefixtures("enough_memory")
 def test_send_more_elements_than_2_to_the_31(world, agree):
     """The sender only reads: its zeros stay unwritten."""
     if world.rank == 0:
@@ -66,6 +87,8 @@ def test_send_more_elements_than_2_to_the_31(world, agree):
     agree(not found, found)
 
 
+@pytest.mark.thorough
+@pytest.mark.usefixtures("enough_memory")
 def test_reduce_more_elements_than_2_to_the_31(world, agree):
     buffer = marked()
 

@@ -97,6 +97,21 @@ def test_what_one_rank_used_under_no_sync(world, agree):
 
 
 @pytest.mark.parametrize("mode", ["find_unused_parameters", "static_graph"])
+def test_a_gradient_from_elsewhere_stays(world, agree, mode):
+    """No rank's backward uses that branch; a gradient was put there before the second."""
+    model = mpiddl.DataParallel(Branches(), **{mode: True})
+    bias = model.module.branches[2].bias
+    for step, before in enumerate([None, torch.full_like(bias, world.rank + 1.0), None]):
+        model.zero_grad()
+        bias.grad = before
+        model(inputs_of(world.rank, step), 0).square().mean().backward()
+        want = alone([(1 / world.size, rank, step, 0) for rank in range(world.size)])
+        if step == 1:
+            want[-1] = torch.full_like(bias, (world.size + 1) / 2)
+        agree(not problem(model.module, want), f"step {step}: {problem(model.module, want)}")
+
+
+@pytest.mark.parametrize("mode", ["find_unused_parameters", "static_graph"])
 def test_in_join(world, agree, mode):
     """Rank r has r+1 batches, and a branch of its own."""
     model = mpiddl.DataParallel(Branches(world.size), bucket_size=100, **{mode: True})

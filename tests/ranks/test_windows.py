@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 from pathlib import Path
@@ -64,6 +65,16 @@ def test_empty_is_in_a_window(world, agree):
     agree((place_of(world, tensor[3:], device).window > 0) == shared)
     agree(place_of(world, tensor[3:], device).offset == (12 if shared else 0))
     agree(place_of(world, private, device).window == 0)
+
+
+def test_what_is_behind_a_part_is_not_found(world, agree):
+    window = world.windows.allocate(100)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(window.memory))
+    first, last = (start + (world.rank + part) * window.part_bytes for part in (0, 1))
+    agree(world.windows.find(first) == (window.number, 0))
+    agree(world.windows.find(last - 1) == (window.number, window.part_bytes - 1))
+    for outside in (first - 1, last, last + (1 << 40)):  # another window may be there
+        agree(world.windows.find(outside)[0] != window.number, outside - first)
 
 
 @pytest.mark.host

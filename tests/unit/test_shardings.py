@@ -133,8 +133,16 @@ def test_few_keys_for_many_samples():
 # Stratified.
 
 
+def some_labels(largest, shortest, longest):
+    """Long lists as often as short ones, which ``st.lists`` does not draw."""
+    lengths = st.integers(shortest, longest)
+    return lengths.flatmap(
+        lambda length: st.lists(st.integers(0, largest), min_size=length, max_size=length)
+    )
+
+
 @given(
-    labels=st.lists(st.integers(0, 4), min_size=1, max_size=200),
+    labels=some_labels(4, 1, 200),
     size=st.integers(1, 6),
     batch_size=st.integers(1, 50),
     drop_last=st.booleans(),
@@ -174,7 +182,7 @@ def test_class_mix_of_ranks_and_of_batches(labels, size, batch_size, drop_last, 
         assert all(floor(w) <= c <= ceil(w) for w, c in zip(wanted, counts, strict=True))
 
 
-@given(labels=st.lists(st.integers(0, 3), min_size=4, max_size=120), size=st.integers(1, 4))
+@given(labels=some_labels(3, 4, 120), size=st.integers(1, 4))
 @settings(deadline=None)
 def test_uneven_shares_of_a_stratified_batch(labels, size):
     dealt = sharding("stratified", len(labels), labels=labels)
