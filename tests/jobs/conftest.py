@@ -24,13 +24,15 @@ COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # some launchers give ranks a terminal
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 
 
-@pytest.fixture
-def clean_environment(monkeypatch):
+@pytest.fixture(scope="session", autouse=True)
+def _clean_environment():
     """No setting of the caller's reaches the jobs."""
-    for name in list(os.environ):
-        # Unbuffered, print() writes a line in pieces, and lines of ranks would mix.
-        if name.startswith(("MPIDDL_", "OMP_NUM_THREADS", "PYTHONUNBUFFERED")):
-            monkeypatch.delenv(name)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in list(os.environ):
+            # Unbuffered, print() writes a line in pieces, and lines of ranks would mix.
+            if name.startswith(("MPIDDL_", "OMP_NUM_THREADS", "PYTHONUNBUFFERED")):
+                patch.delenv(name)
+        yield
 
 
 class Job:
@@ -44,31 +46,37 @@ class Job:
         self.ended_at = time.time()
 
 
-@pytest.fixture
-def start(tmp_path, clean_environment):
-    """``start(3, code)`` runs Python code on three ranks; ``start(3, ["program", ...])`` a program.
+def run_job(ranks, program, *arguments, env=None, timeout=HANGS):
+    """Run a program on so many ranks to its end; with ``ranks=None`` without a launcher.
 
-    ``env`` adds to the environment. With ``ranks=None`` no launcher is used.
+    ``env`` adds to the environment.
     """
+    launcher = [] if ranks is None else [MPIRUN, "-n", str(ranks)]
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", **(env or {})}
+    started = time.time()
+    process = subprocess.run(
+        [*launcher, *program, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment,
+        cwd=TOP,
+        check=False,
+    )
+    return Job(process, time.time() - started)
 
-    def run(ranks, program, *arguments, env=None, timeout=HANGS):
+
+@pytest.fixture
+def start(tmp_path):
+    """``start(3, code)`` runs Python code on three ranks; ``start(3, ["program", ...])`` a program,
+    both as ``run_job`` does."""
+
+    def run(ranks, program, *arguments, **options):
         if isinstance(program, str):
             script = tmp_path / "script.py"
             script.write_text(textwrap.dedent(program))
             program = ["python", str(script)]
-        launcher = [] if ranks is None else [MPIRUN, "-n", str(ranks)]
-        environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", **(env or {})}
-        started = time.time()
-        process = subprocess.run(
-            [*launcher, *program, *arguments],
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            env=environment,
-            cwd=TOP,
-            check=False,
-        )
-        return Job(process, time.time() - started)
+        return run_job(ranks, program, *arguments, **options)
 
     return run
 

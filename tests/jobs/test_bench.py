@@ -171,7 +171,7 @@ def test_a_full_disk_is_one_error(start):
     assert "Traceback" not in job.both
 
 
-def test_a_killed_peer_is_one_error_and_no_hang(clean_environment):
+def test_a_killed_peer_is_one_error_and_no_hang():
     command = [MPIRUN, "-n", "2", *BENCH, "all-reduce", "--sizes", "1KiB,2KiB"]
     job = subprocess.Popen(
         [*command, "--repeats", "100000", "--algorithms", "auto,gloo"],

@@ -257,7 +257,7 @@ def wait_until_gone(pids):
 
 
 @pytest.mark.library
-def test_ctrl_c_leaves_no_process_and_no_file(tmp_path, clean_environment, shared_memory_files):
+def test_ctrl_c_leaves_no_process_and_no_file(tmp_path, shared_memory_files):
     job, pids = running_job(tmp_path, AT_WORK)
 
     os.killpg(job.pid, signal.SIGINT)  # as a terminal does
@@ -270,7 +270,7 @@ def test_ctrl_c_leaves_no_process_and_no_file(tmp_path, clean_environment, share
 
 
 @pytest.mark.library
-def test_a_killed_rank_ends_the_job(tmp_path, clean_environment):
+def test_a_killed_rank_ends_the_job(tmp_path):
     job, pids = running_job(tmp_path, AT_WORK)
 
     os.kill(pids[1], signal.SIGKILL)

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import run_job
+from matrix import times
 from safetensors.torch import load_file
 
 import mpiddl
@@ -23,13 +25,13 @@ from mpiddl.checkpoint.index import read_index
 DIGITS = ["python", "jobs/digits.py", "--epochs", "2", "--batch-size", "64"]
 STEPS = 2 * 23
 DEADLINE = 600
-KILLS = 100
+KILLS = times(100)
 PREPARED = ("mpiddl.checkpoint.saving", "mpiddl.checkpoint.loading", "safetensors.torch")
 """What writers need, but MPI."""
 
 
 def test_a_writer_that_is_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
-    """100 times: it goes on from what it finds, and writes until it is killed."""
+    """Each time it goes on from what it finds, and writes until it is killed."""
     torch.set_num_threads(1)  # what forks must have no threads
     for name in PREPARED:
         importlib.import_module(name)
@@ -89,12 +91,13 @@ def _write_for_ever(folder, writer):
         os.write(writer, f"{step}\n".encode())
 
 
-@pytest.fixture
-def whole(start, tmp_path):
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
     """The parameters of a job that nobody disturbs."""
-    job = start(2, [*DIGITS, "--out", str(tmp_path / "whole")])
+    out = tmp_path_factory.mktemp("whole")
+    job = run_job(2, [*DIGITS, "--out", str(out)])
     assert job.status == 0, job.both
-    return (tmp_path / "whole" / "model.safetensors").read_bytes()
+    return (out / "model.safetensors").read_bytes()
 
 
 def _launch(out, *flags, ranks=2):
@@ -127,13 +130,11 @@ def _wait_for(condition, job):
         time.sleep(0.005)
 
 
-def test_a_killed_job_goes_on_and_ends_with_the_same_bits(
-    start, tmp_path, whole, clean_environment
-):
-    """Three times, at random steps, a rank at a time."""
+def test_a_killed_job_goes_on_and_ends_with_the_same_bits(start, tmp_path, whole):
+    """At random steps, a rank at a time."""
     out = tmp_path / "killed"
     random.seed(1)
-    for number, step in enumerate(sorted(random.sample(range(3, STEPS - 4), 3))):
+    for number, step in enumerate(sorted(random.sample(range(3, STEPS - 4), times(4)))):
         job = _launch(out, "--checkpoint-every", "1", *(["--resume"] if number else []))
         _wait_for(lambda at=step: _last_step(out) >= at, job)
         os.kill(_ranks_of(out)[number % 2], signal.SIGKILL)
@@ -154,7 +155,7 @@ def _last_step(out):
     return int(found[-1].name.split("-")[1]) if found else 0
 
 
-def test_usr1_saves_and_leaves_with_a_status_of_its_own(start, tmp_path, whole, clean_environment):
+def test_usr1_saves_and_leaves_with_a_status_of_its_own(start, tmp_path, whole):
     """One rank gets the signal; all leave after the same step, in mid-epoch."""
     out = tmp_path / "asked"
     job = _launch(out, "--checkpoint-every", "5")
@@ -188,7 +189,8 @@ def test_a_finished_run_can_go_on(start, tmp_path):
     assert "epoch   1/2" not in job.out
 
 
-def test_who_goes_on_with_a_finished_run_has_not_finished(start, tmp_path, clean_environment):
+@pytest.mark.by_day(0)
+def test_who_goes_on_with_a_finished_run_has_not_finished(start, tmp_path):
     """A new start says so."""
     assert start(1, [*DIGITS, "--epochs", "1", "--out", str(tmp_path)]).status == 0
     job = _launch(tmp_path, "--epochs", "9", "--resume", "--checkpoint-every", "1")

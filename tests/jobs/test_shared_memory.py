@@ -50,7 +50,7 @@ NONE = """
 
 
 @pytest.fixture
-def start_with(tmp_path, clean_environment):
+def start_with(tmp_path):
     """``start_with("64m", 2, code)`` runs ranks that see a /dev/shm of that size."""
     if os.geteuid() != 0 or shutil.which("unshare") is None:
         pytest.skip("needs root and unshare, to mount a small /dev/shm")
