@@ -20,8 +20,8 @@ import numpy
 import torch
 
 import mpiddl
-from mpiddl.events import recorder
-from mpiddl.measure.models import DEFAULTS, batches, build, loss_of
+from mpiddl.bench.models import DEFAULTS, batches, build, loss_of
+from mpiddl.observe.events import recorder
 
 SMALL, MANY = 200, 1000
 """Parameters of two models; what a backward costs as a whole drops out of the difference."""

@@ -251,7 +251,7 @@ PARTS: dict[str, tuple[int, Callable[[mpiddl.World], list[dict[str, Any]]]]] = {
 
 def run_part(name: str, out: Path) -> None:
     """On every rank."""
-    from mpiddl.measure.environment import environment_of
+    from mpiddl.doctor.environment import environment_of
 
     torch.set_num_threads(1)
     world = mpiddl.init(device="cpu")

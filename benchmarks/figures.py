@@ -17,8 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpiddl.measure.timeline import choose_steps, plot_timeline
-from mpiddl.measure.trace import merge, read_folder, read_trace
+from mpiddl.trace.chrome import merge, read_folder, read_trace
+from mpiddl.trace.timeline import choose_steps, plot_timeline
 
 HERE = Path(__file__).parent
 FIGURES = HERE.parent / "docs" / "figures"

@@ -18,7 +18,7 @@ from gpu_tables import NOTHING_YET, gpu_facts, gpu_line
 from overlap_tables import overlap_tables
 from tabulate import tabulate
 
-from mpiddl.units import format_bytes
+from mpiddl.base.units import format_bytes
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "performance.md"

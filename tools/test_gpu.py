@@ -21,7 +21,7 @@ TOP = Path(__file__).resolve().parents[1]
 MPIRUN = str(TOP / "tools" / "mpirun")
 ASK = """
 import mpiddl
-from mpiddl.devices.verdict import mpi_reads_gpu_memory
+from mpiddl.devices.cuda_aware.verdict import mpi_reads_gpu_memory
 world = mpiddl.init(device="cuda")
 print("staging:", "device" if mpi_reads_gpu_memory(world.device.index)(world) else "host")
 """

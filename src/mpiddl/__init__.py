@@ -18,64 +18,66 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from mpiddl import checkpoint as checkpoint
     from mpiddl import data as data
+    from mpiddl.api.calls import all_reduce as all_reduce
+    from mpiddl.api.calls import barrier as barrier
+    from mpiddl.api.calls import broadcast as broadcast
+    from mpiddl.api.calls import broadcast_json as broadcast_json
+    from mpiddl.api.calls import gather_json as gather_json
+    from mpiddl.api.empty import empty as empty
+    from mpiddl.api.exchange import all_gather as all_gather
+    from mpiddl.api.exchange import all_to_all as all_to_all
+    from mpiddl.api.reductions import reduce as reduce
+    from mpiddl.api.reductions import reduce_scatter as reduce_scatter
+    from mpiddl.api.rooted import gather as gather
+    from mpiddl.api.rooted import scatter as scatter
+    from mpiddl.api.send_recv import recv as recv
+    from mpiddl.api.send_recv import send as send
     from mpiddl.comm.world import World as World
     from mpiddl.comm.world import init as init
-    from mpiddl.data.batches import ShardBatchSampler as ShardBatchSampler
-    from mpiddl.data.samplers import ShardSampler as ShardSampler
-    from mpiddl.data.seeds import seed as seed
+    from mpiddl.data.loading.seeds import seed as seed
+    from mpiddl.data.sharding.batches import ShardBatchSampler as ShardBatchSampler
+    from mpiddl.data.sharding.samplers import ShardSampler as ShardSampler
+    from mpiddl.engine.work import Work as Work
     from mpiddl.errors import MpiddlError as MpiddlError
-    from mpiddl.overlap.calls import all_reduce as all_reduce
-    from mpiddl.overlap.calls import barrier as barrier
-    from mpiddl.overlap.calls import broadcast as broadcast
-    from mpiddl.overlap.calls import broadcast_json as broadcast_json
-    from mpiddl.overlap.calls import gather_json as gather_json
-    from mpiddl.overlap.exchange import all_gather as all_gather
-    from mpiddl.overlap.exchange import all_to_all as all_to_all
-    from mpiddl.overlap.memory import empty as empty
-    from mpiddl.overlap.peers import recv as recv
-    from mpiddl.overlap.peers import send as send
-    from mpiddl.overlap.reductions import reduce as reduce
-    from mpiddl.overlap.reductions import reduce_scatter as reduce_scatter
-    from mpiddl.overlap.rooted import gather as gather
-    from mpiddl.overlap.rooted import scatter as scatter
-    from mpiddl.overlap.work import Work as Work
     from mpiddl.training import replicas as replicas
     from mpiddl.training.clipping import clip_grad_norm_ as clip_grad_norm_
     from mpiddl.training.data_parallel import DataParallel as DataParallel
-    from mpiddl.training.join import join as join
-    from mpiddl.training.overlapped_optimizer import OverlappedOptimizer as OverlappedOptimizer
+    from mpiddl.training.join.join import join as join
+    from mpiddl.training.late_step.overlapped_optimizer import (
+        OverlappedOptimizer as OverlappedOptimizer,
+    )
     from mpiddl.training.sync_batch_norm import SyncBatchNorm as SyncBatchNorm
 
 _HOMES = {
     "DataParallel": "mpiddl.training.data_parallel",
     "MpiddlError": "mpiddl.errors",
-    "OverlappedOptimizer": "mpiddl.training.overlapped_optimizer",
-    "ShardBatchSampler": "mpiddl.data.batches",
-    "ShardSampler": "mpiddl.data.samplers",
+    "OverlappedOptimizer": "mpiddl.training.late_step.overlapped_optimizer",
+    "ShardBatchSampler": "mpiddl.data.sharding.batches",
+    "ShardSampler": "mpiddl.data.sharding.samplers",
     "SyncBatchNorm": "mpiddl.training.sync_batch_norm",
-    "Work": "mpiddl.overlap.work",
+    "Work": "mpiddl.engine.work",
     "World": "mpiddl.comm.world",
-    "all_gather": "mpiddl.overlap.exchange",
-    "all_reduce": "mpiddl.overlap.calls",
-    "all_to_all": "mpiddl.overlap.exchange",
-    "barrier": "mpiddl.overlap.calls",
-    "broadcast": "mpiddl.overlap.calls",
-    "broadcast_json": "mpiddl.overlap.calls",
+    "all_gather": "mpiddl.api.exchange",
+    "all_reduce": "mpiddl.api.calls",
+    "all_to_all": "mpiddl.api.exchange",
+    "barrier": "mpiddl.api.calls",
+    "broadcast": "mpiddl.api.calls",
+    "broadcast_json": "mpiddl.api.calls",
     "checkpoint": "mpiddl.checkpoint",
     "clip_grad_norm_": "mpiddl.training.clipping",
     "data": "mpiddl.data",
-    "empty": "mpiddl.overlap.memory",
-    "gather": "mpiddl.overlap.rooted",
-    "gather_json": "mpiddl.overlap.calls",
+    "empty": "mpiddl.api.empty",
+    "gather": "mpiddl.api.rooted",
+    "gather_json": "mpiddl.api.calls",
     "init": "mpiddl.comm.world",
-    "join": "mpiddl.training.join",
-    "recv": "mpiddl.overlap.peers",
-    "reduce": "mpiddl.overlap.reductions",
-    "reduce_scatter": "mpiddl.overlap.reductions",
+    "join": "mpiddl.training.join.join",
+    "recv": "mpiddl.api.send_recv",
+    "reduce": "mpiddl.api.reductions",
+    "reduce_scatter": "mpiddl.api.reductions",
     "replicas": "mpiddl.training.replicas",
-    "scatter": "mpiddl.overlap.rooted",
-    "seed": "mpiddl.data.seeds",
-    "send": "mpiddl.overlap.peers",
+    "scatter": "mpiddl.api.rooted",
+    "seed": "mpiddl.data.loading.seeds",
+    "send": "mpiddl.api.send_recv",
 }
 
 __all__ = [

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from mpiddl.event_files import read
+from mpiddl.observe.event_files import read
 
 RANKS = "tests/ranks"
 FEW = [f"{RANKS}/test_{name}.py" for name in ("every_collective", "all_reduce", "disturbed")]

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from mpiddl.event_files import read
-from mpiddl.events import Event
-from mpiddl.measure.spans import spans_of, steps_of
+from mpiddl.observe.event_files import read
+from mpiddl.observe.events import Event
+from mpiddl.trace.spans import spans_of, steps_of
 
 TRAIN = """
 import sys, torch, mpiddl

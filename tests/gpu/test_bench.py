@@ -12,14 +12,14 @@ import pytest
 import torch
 
 import mpiddl
+from mpiddl.bench import bandwidth, gpu_memory, memory
+from mpiddl.bench.bandwidth import Plan, measure
+from mpiddl.bench.candidates import Case
+from mpiddl.bench.lineup import candidates, stagings_of
+from mpiddl.bench.sendrecv import SENDRECV
+from mpiddl.bench.tune import choices_of, tune
 from mpiddl.cli import bench
 from mpiddl.collectives.choose import ALGORITHMS
-from mpiddl.measure import bandwidth, gpu_memory, memory
-from mpiddl.measure.bandwidth import Plan, measure
-from mpiddl.measure.candidates import Case
-from mpiddl.measure.lineup import candidates, stagings_of
-from mpiddl.measure.sendrecv import SENDRECV
-from mpiddl.measure.tune import choices_of, tune
 
 KIB, MIB = 1 << 10, 1 << 20
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import mpiddl
+from mpiddl.bench.timing import wait_for
 from mpiddl.collectives.reduction import DTYPES
 from mpiddl.devices.cuda.kernels import MOST_SOURCES
 from mpiddl.devices.host import HostDevice
-from mpiddl.measure.timing import wait_for
 
 OPS = ("sum", "prod", "min", "max")
 LENGTHS = (1, 7, 33, 1000, 4099, 70_001)

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 import mpiddl
+from mpiddl.base.settings import ALGORITHM_NAMES
 from mpiddl.collectives.choose import ALGORITHMS
-from mpiddl.settings import ALGORITHM_NAMES
 
 TOP = Path(__file__).parents[2]
 SOURCE = TOP / "src" / "mpiddl"
@@ -89,7 +89,7 @@ assert threading.active_count() == 1, "a module starts a thread"
 @pytest.mark.parametrize(
     ("pattern", "allowed"),
     [
-        (r"environ\b.*MPIDDL_", {"settings.py"}),
+        (r"environ\b.*MPIDDL_", {"base/settings.py"}),
         (r"\bpickle\b|\btorch\.load\b", set()),
         # mpi4py's lower-case methods pickle
         (r"comm\.(send|recv|bcast|gather|scatter|allgather|allreduce)\(", set()),

@@ -214,6 +214,6 @@ def peers_of(job):
     """The other libraries' processes."""
     try:
         below = psutil.Process(job.pid).children(recursive=True)
-        return [each for each in below if "mpiddl.measure.peer_process" in each.cmdline()]
+        return [each for each in below if "mpiddl.bench.competitors.child" in each.cmdline()]
     except psutil.Error:
         return []

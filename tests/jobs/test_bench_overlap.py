@@ -49,7 +49,7 @@ def test_a_run_writes_table_json_and_plot(start, tmp_path):
 FORGETS = """
     import sys
     from mpiddl.cli.main import main
-    from mpiddl.measure import overlap_candidates
+    from mpiddl.bench import overlap_candidates
 
     overlap_candidates.all_reduce = lambda buffer, op, world: buffer  # `after` exchanges nothing
     sys.argv = ["mpiddl", *{arguments!r}]

@@ -13,10 +13,10 @@ JOB = """
     import numpy, torch
     from torch.utils.data import Dataset
     import mpiddl
-    from mpiddl.data.loaders import loader
-    from mpiddl.data.readers.npy import read_npy
-    from mpiddl.data.readers.text import TextLines
-    from mpiddl.data.streams import ShardedStream
+    from mpiddl.data.loading.loaders import loader
+    from mpiddl.data.reading.npy import read_npy
+    from mpiddl.data.reading.text import TextLines
+    from mpiddl.data.loading.streams import ShardedStream
 
     LENGTH = 41
 
@@ -106,7 +106,7 @@ FAILING_JOB = """
     import torch
     from torch.utils.data import TensorDataset
     import mpiddl
-    from mpiddl.data.loaders import loader
+    from mpiddl.data.loading.loaders import loader
 
     def say(worker):
         print("worker", os.getpid(), torch.utils.data.get_worker_info().id == worker, flush=True)

@@ -20,7 +20,7 @@ ONE_COPY = """
     from pathlib import Path
     import torch, mpiddl
     from torch.utils.data import DataLoader, Dataset
-    from mpiddl.data.node_shared import NodeSharedDataset
+    from mpiddl.data.moving.node_shared import NodeSharedDataset
 
     LENGTH, WIDTH = 4096, 1024                               # 32 MiB
 
@@ -77,7 +77,7 @@ ONE_COPY = """
 
 HOLD = """
     import sys, time, torch, mpiddl
-    from mpiddl.data.node_shared import NodeSharedDataset
+    from mpiddl.data.moving.node_shared import NodeSharedDataset
     world = mpiddl.init()
     dataset = NodeSharedDataset(torch.arange(9) if world.local_rank == 0 else None,
                                 folder=sys.argv[1])
@@ -215,7 +215,7 @@ def test_writing_ends_the_process(start, folder):
 
 FULL = """
     import os, torch, mpiddl
-    from mpiddl.data.node_shared import NodeSharedDataset
+    from mpiddl.data.moving.node_shared import NodeSharedDataset
     world = mpiddl.init()
     data = torch.zeros(64 << 20, dtype=torch.uint8) if world.rank == 0 else None
     try:

@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from mpiddl.measure import trace
+from mpiddl.trace import chrome as trace
 
 TRAIN = """
     import os, signal, torch, mpiddl

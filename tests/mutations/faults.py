@@ -26,11 +26,11 @@ class Fault(NamedTuple):
 
 
 RING = "collectives/ring.py"
-LANE = "collectives/lane.py"
-SHARED = "collectives/shared.py"
-QUICK = "overlap/quick.py"
-ENGINE = "overlap/engine.py"
-SCHEDULER = "overlap/scheduler.py"
+LANE = "collectives/node/lane.py"
+SHARED = "collectives/node/shared.py"
+QUICK = "api/quick.py"
+ENGINE = "engine/engine.py"
+SCHEDULER = "engine/scheduler.py"
 ALL_REDUCE = ("ranks/test_all_reduce.py", "ranks/test_every_collective.py")
 WINDOWS = ("ranks/test_windows.py", "ranks/test_every_collective.py")
 LATE = ("ranks/test_late_device.py", "ranks/test_late_buckets.py")
@@ -97,21 +97,21 @@ FAULTS = (
     ),
     Fault(
         "hierarchical: weighs twice",
-        "collectives/hierarchical.py",
+        "collectives/node/hierarchical.py",
         "summed = Reduction(reduction.op)",
         "summed = reduction",
         ("ranks/test_nodes.py",),
     ),
     Fault(
         "hierarchical: as many segments as the largest node has ranks",
-        "collectives/hierarchical.py",
+        "collectives/node/hierarchical.py",
         "num_segments = min(",
         "num_segments = max(",
         ("ranks/test_nodes.py",),
     ),
     Fault(
         "segments: the longer ones come last",
-        "segments.py",
+        "base/segments.py",
         "min(part, longer)",
         "max(0, part - parts + longer)",
         ("unit/test_arithmetic.py", *ALL_REDUCE),
@@ -154,14 +154,14 @@ FAULTS = (
     ),
     Fault(
         "shared: the sum is not handed to the last rank",
-        "collectives/meeting.py",
+        "collectives/node/node_buffers.py",
         "self._device.combine(op, parts, self._weights, in_turn(parts, self._lane.rank))",
         "self._device.combine(op, parts, self._weights, in_turn(parts, self._lane.rank)[:-1])",
         WINDOWS,
     ),
     Fault(
         "shared: writes through the kernel to the wrong place",
-        "collectives/meeting.py",
+        "collectives/node/node_buffers.py",
         "self._reach.write(mine.data_ptr(), mine.nbytes, peer, address + start)",
         "self._reach.write(mine.data_ptr(), mine.nbytes, peer, address)",
         WINDOWS,
@@ -232,21 +232,21 @@ FAULTS = (
     ),
     Fault(
         "gradients: pieces are copied whatever the strides",
-        "buckets/gradients.py",
+        "gradients/arena.py",
         "if len(self._pieces[member]) > 1 and gradient.stride() == view.stride():",
         "if len(self._pieces[member]) > 1:",
         TRAINING,
     ),
     Fault(
         "plan: an empty gradient at a cut is in no bucket",
-        "buckets/plan.py",
+        "gradients/plan.py",
         "max(offsets[m], offsets[m] + parameters[m].length - 1) >= cut",
         "offsets[m] + parameters[m].length - 1 >= cut",
         ("unit/test_arithmetic.py", "unit/test_gradients.py", *TRAINING),
     ),
     Fault(
         "training: every rank weighs the same, whatever it holds",
-        "training/shares.py",
+        "training/weights.py",
         "return samples / total",
         "return 1 / model.world.size",
         TRAINING,
@@ -267,7 +267,7 @@ FAULTS = (
     ),
     Fault(
         "join: who has left stays away from sums",
-        "training/join.py",
+        "training/join/join.py",
         "all_reduce(torch.zeros(heard.subject, dtype=torch.float64), world=world)",
         "pass",
         ("ranks/test_join.py",),
@@ -275,28 +275,28 @@ FAULTS = (
     # Data.
     Fault(
         "permutation: not undone in reverse",
-        "data/permutation.py",
+        "data/sharding/permutation.py",
         "in reversed(range(ROUNDS)) if backwards else range(ROUNDS):",
         "in range(ROUNDS):",
         ("unit/test_permutation.py",),
     ),
     Fault(
         "stratified: batches are dealt to the same few ranks",
-        "data/shardings/stratified.py",
+        "data/sharding/kinds/stratified.py",
         "ranks: Indices = (cards + rounds // math.lcm(num_batches, size)) % size",
         "ranks: Indices = cards % size",
         ("unit/test_shardings.py",),
     ),
     Fault(
         "sampler: goes on after the last stop, not after all of them",
-        "data/batches.py",
+        "data/sharding/batches.py",
         "step += legs.pop().steps",
         "legs.pop()",
         ("unit/test_sampling.py",),
     ),
     Fault(
         "strided: the last sample is nobody's",
-        "data/shardings/strided.py",
+        "data/sharding/kinds/strided.py",
         "range(rank, self.length, size)",
         "range(rank, self.length - 1, size)",
         ("unit/test_shardings.py",),

@@ -8,7 +8,7 @@ import torch
 from samples import buffer_of, expected
 
 import mpiddl
-from mpiddl.segments import split
+from mpiddl.base.segments import split
 
 MOVED_ONLY = (torch.bool, torch.complex64, torch.uint8, torch.float64)
 

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from mpiddl.overlap import arguments, calls
-from mpiddl.overlap.engine import Engine
+from mpiddl.api import call as arguments
+from mpiddl.api import calls
+from mpiddl.engine.engine import Engine
 
 
 class _Late:

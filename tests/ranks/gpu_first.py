@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mpiddl.comm.gpus import choose_device
-from mpiddl.comm.launchers import read_launch
+from mpiddl.launch.launchers import read_launch
 
 
 def choose_gpu():

@@ -21,11 +21,11 @@ from pathlib import Path
 
 import torch
 
+from mpiddl.api import calls
 from mpiddl.devices.cuda.device import CudaDevice
 from mpiddl.devices.host import HostDevice
 from mpiddl.devices.registry import device_at, register
 from mpiddl.errors import GpuMemoryError
-from mpiddl.overlap import calls
 
 CALLER = 0
 FOLDER = Path("/dev/shm")  # noqa: S108 - memory of the node

@@ -16,7 +16,7 @@ from mpiddl.collectives.choose import ALGORITHMS
 from mpiddl.collectives.reduction import DTYPES, FLOATS, Reduction
 from mpiddl.devices.host import HOST
 from mpiddl.devices.registry import device_of
-from mpiddl.overlap.engine import engine_of
+from mpiddl.engine.engine import engine_of
 
 pytestmark = [pytest.mark.layout, pytest.mark.library]
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import mpiddl
+from mpiddl.base.settings import ALGORITHM_NAMES
 from mpiddl.errors import MismatchError, MpiddlError, NotInitializedError, UnsupportedBufferError
-from mpiddl.settings import ALGORITHM_NAMES
 
 
 def refused(agree, error, words, call, buffer=None):

@@ -12,17 +12,17 @@ import torch
 from standin import StandIn, in_place_of_the_host
 
 import mpiddl
+from mpiddl.bench import bandwidth, gpu_memory, memory, overlap_candidates
+from mpiddl.bench.bandwidth import Plan, measure
+from mpiddl.bench.candidates import Buffers, Case, InProcess
+from mpiddl.bench.lineup import candidates, stagings_of
+from mpiddl.bench.timing import seconds_of, wait_for
+from mpiddl.bench.tune import choices_of, tune
 from mpiddl.cli import bench
 from mpiddl.collectives.channel import Channel
 from mpiddl.comm.native import Native
 from mpiddl.devices.staging import Stage
 from mpiddl.errors import PeerError
-from mpiddl.measure import bandwidth, gpu_memory, memory, overlap_candidates
-from mpiddl.measure.bandwidth import Plan, measure
-from mpiddl.measure.candidates import Buffers, Case, InProcess
-from mpiddl.measure.lineup import candidates, stagings_of
-from mpiddl.measure.timing import seconds_of, wait_for
-from mpiddl.measure.tune import choices_of, tune
 
 pytestmark = pytest.mark.thorough
 

@@ -19,11 +19,12 @@ import pytest
 import mpiddl
 from mpiddl.comm import world as worlds
 from mpiddl.comm.world import World
-from mpiddl.data import file_broadcast as files
-from mpiddl.data import progress_bar, relay
-from mpiddl.data.file_broadcast import broadcast_file
-from mpiddl.data.progress_bar import progress
-from mpiddl.data.relay import Relay
+from mpiddl.data.moving import file_broadcast as files
+from mpiddl.data.moving import node_stream as relay
+from mpiddl.data.moving import progress_bar
+from mpiddl.data.moving.file_broadcast import broadcast_file
+from mpiddl.data.moving.node_stream import Relay
+from mpiddl.data.moving.progress_bar import progress
 from mpiddl.errors import DataError
 
 pytestmark = [pytest.mark.host, pytest.mark.layout, pytest.mark.thorough]

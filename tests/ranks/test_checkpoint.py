@@ -17,13 +17,13 @@ from torch import nn
 from torch.nn.functional import mse_loss
 
 import mpiddl
-from mpiddl import progress
+from mpiddl.api import fail_together as together
 from mpiddl.checkpoint import index, tensors
 from mpiddl.checkpoint.folders import checkpoints
 from mpiddl.checkpoint.index import checksum, read_index
 from mpiddl.comm.tuning import Choice
 from mpiddl.errors import CheckpointError
-from mpiddl.overlap import together
+from mpiddl.observe import activity as progress
 
 ROWS = 37
 

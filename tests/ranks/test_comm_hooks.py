@@ -10,10 +10,10 @@ from samples import seeded
 from torch import nn
 
 import mpiddl
+from mpiddl.base.waits import ALREADY
+from mpiddl.engine.engine import Engine
 from mpiddl.errors import GradientError, NestedCallError
-from mpiddl.overlap.engine import Engine
 from mpiddl.training.comm_hooks import bf16_compress
-from mpiddl.waits import ALREADY
 
 pytestmark = pytest.mark.device
 

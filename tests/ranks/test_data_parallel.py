@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn.functional import mse_loss
 
 import mpiddl
+from mpiddl.engine import scheduler
+from mpiddl.engine.engine import engine_of
 from mpiddl.errors import GradientError, MismatchError
-from mpiddl.overlap import scheduler
-from mpiddl.overlap.engine import engine_of
 
 pytestmark = [pytest.mark.layout, pytest.mark.device]
 

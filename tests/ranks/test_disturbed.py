@@ -22,9 +22,9 @@ from matrix import times
 import mpiddl
 from mpiddl.collectives.choose import ALGORITHMS
 from mpiddl.comm.messages import RequestWait
+from mpiddl.engine.engine import engine_of
+from mpiddl.engine.work import Work
 from mpiddl.errors import NotInitializedError
-from mpiddl.overlap.engine import engine_of
-from mpiddl.overlap.work import Work
 
 pytestmark = pytest.mark.library
 

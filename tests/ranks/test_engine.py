@@ -12,15 +12,15 @@ from mpi4py import MPI
 from samples import buffer_of, expected
 
 import mpiddl
+from mpiddl.base.waits import ALREADY
 from mpiddl.collectives.barrier import barrier
 from mpiddl.collectives.channel import Channel
 from mpiddl.collectives.reduction import Reduction
 from mpiddl.collectives.ring import ring_all_reduce
 from mpiddl.comm.messages import Credits
 from mpiddl.devices.registry import device_of
-from mpiddl.overlap.engine import Engine
-from mpiddl.overlap.work import Work
-from mpiddl.waits import ALREADY
+from mpiddl.engine.engine import Engine
+from mpiddl.engine.work import Work
 
 pytestmark = [pytest.mark.layout, pytest.mark.device]
 
@@ -104,7 +104,7 @@ def test_a_foreground_collective_while_a_bucket_waits(world, agree):
     """The last rank starts its bucket only after a blocking call that all ranks make."""
     tag = world.tags.keep(1)[0]
     bucket = buffer_of(world.rank, 3000, torch.float32)
-    engine = mpiddl.overlap.engine.engine_of(world)
+    engine = mpiddl.engine.engine.engine_of(world)
     works = []
     if world.rank != world.size - 1:
         works.append(submit(engine, world, tag, bucket))

@@ -14,7 +14,7 @@ from standin import in_place_of_the_host
 import mpiddl
 from mpiddl.comm.kept import forget_one
 from mpiddl.devices.registry import device_of
-from mpiddl.overlap.engine import engine_of
+from mpiddl.engine.engine import engine_of
 
 LENGTH = 50_000
 """More than small: ``shared`` then writes to other ranks' memory."""

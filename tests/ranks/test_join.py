@@ -14,8 +14,8 @@ from torch.nn.functional import mse_loss
 
 import mpiddl
 from mpiddl.errors import MismatchError
-from mpiddl.training.announcements import announcements_of
-from mpiddl.training.plain_state import broadcast_plain_state
+from mpiddl.training.join.announcements import announcements_of
+from mpiddl.training.join.optimizer_state import broadcast_plain_state
 
 pytestmark = pytest.mark.layout
 

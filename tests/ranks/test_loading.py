@@ -8,7 +8,7 @@ from mpi4py import MPI
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import mpiddl
-from mpiddl.data import loaders
+from mpiddl.data.loading import loaders
 
 pytestmark = pytest.mark.thorough
 

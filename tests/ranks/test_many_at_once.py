@@ -11,7 +11,7 @@ from torch import nn
 
 import mpiddl
 from mpiddl.comm.messages import Tags
-from mpiddl.overlap.engine import engine_of
+from mpiddl.engine.engine import engine_of
 
 pytestmark = [pytest.mark.library, pytest.mark.device]
 

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matrix import examples
 
-from mpiddl.data.ensembling import ensemble
-from mpiddl.data.metrics import AUC, Accuracy, ConfusionMatrix, Mean
-from mpiddl.data.predictions import gather_predictions, gather_tensors
-from mpiddl.data.skewness import skew
+from mpiddl.data.evaluating.ensembling import ensemble
+from mpiddl.data.evaluating.metrics import AUC, Accuracy, ConfusionMatrix, Mean
+from mpiddl.data.evaluating.predictions import gather_predictions, gather_tensors
+from mpiddl.data.sharding.skewness import skew
 from mpiddl.errors import DataError
 
 pytestmark = pytest.mark.thorough

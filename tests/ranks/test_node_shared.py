@@ -16,9 +16,10 @@ import torch
 
 from mpiddl.comm import world as worlds
 from mpiddl.comm.world import World
-from mpiddl.data import node_shared, relay
-from mpiddl.data.node_shared import NodeSharedDataset
-from mpiddl.data.shared_files import SharedFile, map_shared, remove_unused
+from mpiddl.data.moving import node_shared
+from mpiddl.data.moving import node_stream as relay
+from mpiddl.data.moving.node_shared import NodeSharedDataset
+from mpiddl.data.moving.shared_files import SharedFile, map_shared, remove_unused
 from mpiddl.errors import DataError
 
 pytestmark = [pytest.mark.host, pytest.mark.layout, pytest.mark.thorough]

@@ -10,8 +10,8 @@ import torch
 from together import EVERYONE
 
 import mpiddl
-from mpiddl.data.permutation import Permutation
-from mpiddl.data.shardings import sharding
+from mpiddl.data.sharding.kinds import sharding
+from mpiddl.data.sharding.permutation import Permutation
 from mpiddl.errors import DataError
 
 pytestmark = pytest.mark.host
@@ -26,7 +26,7 @@ def samples_of(start, length, dtype=numpy.int64, shape=(3,)):
 @pytest.mark.parametrize("kind", ["contiguous", "strided", "random", "hash"])
 @pytest.mark.parametrize("length", [1, 5, 3001])
 def test_scatter_gives_each_rank_its_shard(world, agree, kind, length, monkeypatch):
-    monkeypatch.setattr("mpiddl.data.scattering.PIECE_BYTES", 1000)
+    monkeypatch.setattr("mpiddl.data.moving.scattering.PIECE_BYTES", 1000)
     for root in range(world.size):
         samples = samples_of(0, length) if world.rank == root else None
         mine = mpiddl.data.scatter(samples, root=root, sharding=kind, seed=4)
@@ -96,7 +96,7 @@ def test_what_cannot_be_scattered_is_an_error_on_every_rank(world, agree, sample
 @pytest.mark.parametrize("piece", [64, 1 << 20])
 def test_shuffle_follows_the_permutation(world, agree, lengths, piece, monkeypatch):
     """Against the order computed at once, on each rank alone."""
-    monkeypatch.setattr("mpiddl.data.shuffling.PIECE_BYTES", piece)
+    monkeypatch.setattr("mpiddl.data.moving.shuffling.PIECE_BYTES", piece)
     lengths = lengths[: world.size]
     first, total = sum(lengths[: world.rank]), sum(lengths)
     inputs = samples_of(first, lengths[world.rank], numpy.int32)

@@ -14,12 +14,12 @@ from samples import buffer_of, expected, seeded
 import mpiddl
 from mpiddl.collectives.channel import Channel
 from mpiddl.collectives.choose import ALGORITHMS
-from mpiddl.collectives.lanes import kept_lanes, place_of
+from mpiddl.collectives.node.lanes import kept_lanes, place_of
 from mpiddl.collectives.reduction import DTYPES, Reduction
 from mpiddl.devices.host import HOST
 from mpiddl.devices.registry import device_of
+from mpiddl.engine.engine import engine_of
 from mpiddl.errors import MismatchError, UnsupportedBufferError
-from mpiddl.overlap.engine import engine_of
 
 pytestmark = [pytest.mark.layout, pytest.mark.library, pytest.mark.device]
 

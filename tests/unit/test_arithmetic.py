@@ -9,11 +9,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mpiddl.buckets.agreement import describe, digest, first_difference, odd_ones
-from mpiddl.buckets.plan import ParameterSpec, plan_buckets
+from mpiddl.base.segments import chunked, split
+from mpiddl.base.units import format_bytes, format_seconds, parse_bytes, parse_seconds
 from mpiddl.collectives.broadcast import tree
-from mpiddl.segments import chunked, split
-from mpiddl.units import format_bytes, format_seconds, parse_bytes, parse_seconds
+from mpiddl.gradients.agreement import describe, digest, first_difference, odd_ones
+from mpiddl.gradients.plan import ParameterSpec, plan_buckets
 
 lengths = st.integers(0, 1000)
 

@@ -8,13 +8,13 @@ import json
 import pytest
 import torch
 
-from mpiddl.measure.bandwidth import Row, busbw_factor
-from mpiddl.measure.gpu_memory import gpu_busbw_limit
-from mpiddl.measure.memory import busbw_limit
-from mpiddl.measure.patterns import COLLECTIVES, count_wrong, fill, lengths
-from mpiddl.measure.plots import plot_bandwidth
-from mpiddl.measure.report import HEADINGS, line_of, memory_lines, write_csv, write_json
-from mpiddl.units import parse_sizes
+from mpiddl.base.units import parse_sizes
+from mpiddl.bench.bandwidth import Row, busbw_factor
+from mpiddl.bench.gpu_memory import gpu_busbw_limit
+from mpiddl.bench.memory import busbw_limit
+from mpiddl.bench.patterns import COLLECTIVES, count_wrong, fill, lengths
+from mpiddl.bench.plots import plot_bandwidth
+from mpiddl.bench.report import HEADINGS, line_of, memory_lines, write_csv, write_json
 
 MIB = 1 << 20
 

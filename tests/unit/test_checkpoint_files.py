@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from mpiddl.base.compiled_names import in_names_of
 from mpiddl.checkpoint import tensors
 from mpiddl.checkpoint.folders import begin_folder, checkpoints, finish_folder, latest, remove_old
 from mpiddl.checkpoint.index import Index, read_index, write_index
 from mpiddl.checkpoint.model_file import check_model, write_model
 from mpiddl.checkpoint.tensors import shares_of_writers, stored_tensors, write_tensors
-from mpiddl.compiled_names import in_names_of
 from mpiddl.errors import CheckpointError
 
 STRIDES = [[1], [1], [3, 1]]

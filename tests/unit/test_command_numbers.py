@@ -12,9 +12,9 @@ from typer.models import OptionInfo
 from typer.testing import CliRunner
 
 from mpiddl import job
+from mpiddl.base.settings import read
 from mpiddl.cli.main import app
 from mpiddl.job.flags import command_of
-from mpiddl.settings import read
 
 HUGE = "9" * 400
 TEXTS = {

@@ -9,9 +9,9 @@ import threading
 import pytest
 
 from mpiddl.errors import RecordingError
-from mpiddl.event_files import EventFile, in_use, read
-from mpiddl.event_words import in_words, quoted
-from mpiddl.events import EVENT, Event, Kind, Recorder
+from mpiddl.observe.event_files import EventFile, in_use, read
+from mpiddl.observe.event_words import in_words, quoted
+from mpiddl.observe.events import EVENT, Event, Kind, Recorder
 
 ABOUT = {
     "rank": 2,
@@ -146,7 +146,7 @@ def test_truncated_and_foreign_files(path, recorder, tmp_path):
 
 
 def test_a_file_is_in_use_while_its_writer_lives(path):
-    code = "import sys, pathlib, mpiddl.event_files as files\n"
+    code = "import sys, pathlib, mpiddl.observe.event_files as files\n"
     code += "files.EventFile(pathlib.Path(sys.argv[1])); print('made', flush=True); input()"
     with subprocess.Popen(
         [sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE

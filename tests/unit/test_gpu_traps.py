@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from mpiddl.cli.doctor import _show
-from mpiddl.measure.gpus import describe_device, gpu_facts
-from mpiddl.measure.traps import find_traps
+from mpiddl.doctor.gpus import describe_device, gpu_facts
+from mpiddl.doctor.traps import find_traps
 
 H100 = {"name": "NVIDIA H100 80GB HBM3", "memory_bytes": 80 << 30, "capability": "9.0"}
 

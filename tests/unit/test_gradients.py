@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mpiddl.buckets.bucket import State
-from mpiddl.buckets.gradients import Gradients, spec_of
-from mpiddl.buckets.plan import plan_buckets
 from mpiddl.errors import GradientError
+from mpiddl.gradients.arena import Gradients, spec_of
+from mpiddl.gradients.bucket import State
+from mpiddl.gradients.plan import plan_buckets
 
 
 def gradients_of(*parameters, capacity=1 << 20):

@@ -9,8 +9,10 @@ import sys
 import pytest
 
 from mpiddl.collectives.choose import CHUNK_BYTES
-from mpiddl.comm import offers
-from mpiddl.comm.launchers import (
+from mpiddl.comm.layout import cores_of
+from mpiddl.errors import SingletonError
+from mpiddl.launch import offers
+from mpiddl.launch.launchers import (
     Launch,
     has_slurms_pmix,
     read_launch,
@@ -18,9 +20,7 @@ from mpiddl.comm.launchers import (
     refuse_singleton,
     without_launcher,
 )
-from mpiddl.comm.layout import cores_of
-from mpiddl.comm.library import EAGER_BYTES, library_name, set_defaults
-from mpiddl.errors import SingletonError
+from mpiddl.launch.library import EAGER_BYTES, library_name, set_defaults
 
 OPEN_MPI = {
     "OMPI_COMM_WORLD_RANK": "3",
@@ -188,7 +188,7 @@ def test_library_names(text, name):
 
 
 def test_defaults_are_set_only_where_the_user_has_not(monkeypatch):
-    monkeypatch.setattr("mpiddl.comm.library._cores_of_node", lambda: 2)
+    monkeypatch.setattr("mpiddl.launch.library._cores_of_node", lambda: 2)
     crowded, roomy = Launch("mpirun", 0, 4, 0, 4), Launch("mpirun", 0, 4, 0, 2)
 
     environ = {}
@@ -226,7 +226,7 @@ subprocess.run([sys.executable, "-c", rank, ranks])
 """
 RANK = """
 import os, sys
-from mpiddl.comm.library import _cores_of_node
+from mpiddl.launch.library import _cores_of_node
 os.sched_setaffinity(0, map(int, sys.argv[1].split(",")))
 print(_cores_of_node())
 """

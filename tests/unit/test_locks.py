@@ -33,9 +33,9 @@ if libc.prctl(PR_SET_SECCOMP, FILTER, rules, 0, 0):
 USERS = """
 import os
 from pathlib import Path
-from mpiddl.data.shared_files import SharedFile, map_shared, remove_unused
-from mpiddl.devices.verdict import _one_at_a_time
-from mpiddl.event_files import EventFile, in_use
+from mpiddl.data.moving.shared_files import SharedFile, map_shared, remove_unused
+from mpiddl.devices.cuda_aware.verdict import _one_at_a_time
+from mpiddl.observe.event_files import EventFile, in_use
 
 with _one_at_a_time():
     pass

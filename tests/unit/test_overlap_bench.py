@@ -11,14 +11,14 @@ import numpy
 import pytest
 import torch
 
+from mpiddl.bench import models, overlap_candidates
+from mpiddl.bench.models import DEFAULTS, ModelSpec, batches, build, loss_of, nbytes_of
+from mpiddl.bench.overlap import Row, deviations, distances_of, median_and_interval
+from mpiddl.bench.overlap_candidates import Others, expanded
+from mpiddl.bench.overlap_report import HEADINGS, describe_model, line_of, problems, ratios
+from mpiddl.bench.plots import plot_overlap
+from mpiddl.bench.steps import Training, Way, fingerprint, sgd
 from mpiddl.errors import PeerError
-from mpiddl.measure import models, overlap_candidates
-from mpiddl.measure.models import DEFAULTS, ModelSpec, batches, build, loss_of, nbytes_of
-from mpiddl.measure.overlap import Row, deviations, distances_of, median_and_interval
-from mpiddl.measure.overlap_candidates import Others, expanded
-from mpiddl.measure.overlap_report import HEADINGS, describe_model, line_of, problems, ratios
-from mpiddl.measure.plots import plot_overlap
-from mpiddl.measure.steps import Training, Way, fingerprint, sgd
 
 SMALL = [
     ModelSpec("mlp", width=8, layers=3, batch=4),
@@ -171,7 +171,7 @@ def test_freed_memory_is_used_again():
     """Without ``keep_memory`` this takes some 12,000 page faults a round."""
     code = """
 import resource, torch
-from mpiddl.measure.steps import keep_memory
+from mpiddl.bench.steps import keep_memory
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

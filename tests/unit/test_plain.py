@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpiddl.plain import decode, encode
+from mpiddl.base.plain import decode, encode
 
 leaves = (
     st.none()

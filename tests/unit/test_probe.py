@@ -11,12 +11,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from mpiddl.comm.launchers import gpu_binding, without_launcher
-from mpiddl.devices import probe, probe_cache, probe_facts, probe_job
-from mpiddl.devices.probe import staging_verdict, verdict_of
-from mpiddl.devices.probe_child import SIZES
-from mpiddl.devices.probe_hints import Evidence, hint
-from mpiddl.devices.probe_job import Outcome, find_launcher
+from mpiddl.devices.cuda_aware import cache as probe_cache
+from mpiddl.devices.cuda_aware import facts as probe_facts
+from mpiddl.devices.cuda_aware import job as probe_job
+from mpiddl.devices.cuda_aware import probe
+from mpiddl.devices.cuda_aware.child import SIZES
+from mpiddl.devices.cuda_aware.hints import Evidence, hint
+from mpiddl.devices.cuda_aware.job import Outcome, find_launcher
+from mpiddl.devices.cuda_aware.probe import staging_verdict, verdict_of
+from mpiddl.launch.launchers import gpu_binding, without_launcher
 
 UCX, UCX_WITH_CUDA = {"version": "1.20.1", "cuda": False}, {"version": "1.22.0", "cuda": True}
 

@@ -14,12 +14,12 @@ import numpy
 import pytest
 import torch
 
-from mpiddl.data.readers import files
-from mpiddl.data.readers.idx import read_idx
-from mpiddl.data.readers.images import ImageFolder
-from mpiddl.data.readers.npy import read_npy, read_npz
-from mpiddl.data.readers.table import read_csv
-from mpiddl.data.readers.text import TextLines
+from mpiddl.data.reading import files
+from mpiddl.data.reading.idx import read_idx
+from mpiddl.data.reading.images import ImageFolder
+from mpiddl.data.reading.npy import read_npy, read_npz
+from mpiddl.data.reading.table import read_csv
+from mpiddl.data.reading.text import TextLines
 from mpiddl.errors import DataError
 
 READERS = [read_npy, read_npz, read_idx, read_csv, TextLines, ImageFolder]
@@ -516,7 +516,7 @@ def test_pillow_is_asked_for_when_it_is_needed(monkeypatch, folder):
 )
 @pytest.mark.parametrize("piece", [1, 2, 3, 1 << 20])
 def test_lines_are_what_python_reads(tmp_path, monkeypatch, text, piece):
-    monkeypatch.setattr("mpiddl.data.readers.text._PIECE", piece)
+    monkeypatch.setattr("mpiddl.data.reading.text._PIECE", piece)
     path = tmp_path / "text"
     path.write_bytes(text.encode())
     with path.open(encoding="utf-8-sig") as stream:

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import TensorDataset
 
-from mpiddl.data.batches import ShardBatchSampler
-from mpiddl.data.samplers import ShardSampler
-from mpiddl.data.shardings import sharding
+from mpiddl.data.sharding.batches import ShardBatchSampler
+from mpiddl.data.sharding.kinds import sharding
+from mpiddl.data.sharding.samplers import ShardSampler
 from mpiddl.errors import DataError
 
 

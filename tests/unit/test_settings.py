@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from mpiddl.base.settings import Settings, read
 from mpiddl.collectives.choose import chunk_bytes_for
 from mpiddl.errors import SettingsError
-from mpiddl.settings import Settings, read
 from mpiddl.training.options import options_from
 
 

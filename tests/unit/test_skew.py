@@ -6,8 +6,8 @@ import numpy
 import pytest
 import torch
 
-from mpiddl.data.plots import Balance, plot_report
-from mpiddl.data.skewness import skew_of
+from mpiddl.data.sharding.plots import Balance, plot_report
+from mpiddl.data.sharding.skewness import skew_of
 from mpiddl.errors import DataError
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from mpiddl.errors import RecordingError
-from mpiddl.event_files import EventFile, read
-from mpiddl.events import EVENT, Event, Kind, recorder
-from mpiddl.measure.spans import spans_of, steps_of
-from mpiddl.measure.timeline import choose_steps, plot_timeline
-from mpiddl.measure.trace import lines_of, merge, read_folder, read_trace
-from mpiddl.overlap.spans import span
+from mpiddl.observe.event_files import EventFile, read
+from mpiddl.observe.events import EVENT, Event, Kind, recorder
+from mpiddl.observe.spans import span
+from mpiddl.trace.chrome import lines_of, merge, read_folder, read_trace
+from mpiddl.trace.spans import spans_of, steps_of
+from mpiddl.trace.timeline import choose_steps, plot_timeline
 
 MS = 1_000_000
 BUCKETS = [{"members": [1], "nbytes": 300, "tag": 5}, {"members": [0], "nbytes": 100, "tag": 6}]

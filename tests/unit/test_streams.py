@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, get_worker_info
 from torch.utils.data._utils import worker as torch_worker
 
-from mpiddl.data.loaders import loader
-from mpiddl.data.streams import ShardedStream
+from mpiddl.data.loading.loaders import loader
+from mpiddl.data.loading.streams import ShardedStream
 from mpiddl.errors import DataError
 
 

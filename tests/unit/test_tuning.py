@@ -7,6 +7,8 @@ import logging
 
 import pytest
 
+from mpiddl.bench.bandwidth import Row
+from mpiddl.bench.tune import choices_of
 from mpiddl.comm import tuning
 from mpiddl.comm.layout import Layout
 from mpiddl.comm.tuning import (
@@ -18,8 +20,6 @@ from mpiddl.comm.tuning import (
     write_choices,
     write_training,
 )
-from mpiddl.measure.bandwidth import Row
-from mpiddl.measure.tune import choices_of
 from mpiddl.training.calibration import fastest
 
 

@@ -7,8 +7,8 @@ import pickle
 import pytest
 
 from mpiddl import errors
-from mpiddl.measure.traps import find_traps
-from mpiddl.waits import ALREADY, AllOf, Queue
+from mpiddl.base.waits import ALREADY, AllOf, Queue
+from mpiddl.doctor.traps import find_traps
 
 
 class After:

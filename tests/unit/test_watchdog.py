@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import linecache
 
-from mpiddl.overlap.watchdog_report import summary
+from mpiddl.observe.watchdog_report import summary
 
 
 def test_a_rank_is_asked_every_second_and_no_file_with_it(monkeypatch):

@@ -17,11 +17,11 @@ import secrets
 import shutil
 from pathlib import Path
 
+from mpiddl.api.fail_together import Tick
+from mpiddl.base.log import logger
 from mpiddl.checkpoint.index import read_index
 from mpiddl.checkpoint.tensors import nothing
 from mpiddl.errors import CheckpointError
-from mpiddl.log import logger
-from mpiddl.overlap.together import Tick
 
 __all__ = [
     "WRITING",

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mpiddl.api.fail_together import Tick
 from mpiddl.checkpoint.tensors import PIECE_BYTES, nothing
 from mpiddl.errors import CheckpointError
-from mpiddl.overlap.together import Tick
 
 __all__ = ["INDEX", "RANDOM", "Index", "checksum", "read_index", "write_index"]
 
@@ -31,7 +31,7 @@ class Index:
 
     Attributes:
         step: Of the job.
-        parts: Rank 0's states by name, as ``mpiddl.plain`` writes them. Its tensors have their
+        parts: Rank 0's states by name, as ``mpiddl.base.plain`` writes them. Its tensors have their
             numbers as names in the files. What another rank has different is there too:
             ``7.3``, rank 7's tensor 3, and ``7.parts``, its states as JSON.
         strides: For each tensor those that it had; files have all in the order of their dimensions.

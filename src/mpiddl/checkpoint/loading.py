@@ -9,6 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mpiddl.api.calls import broadcast, broadcast_json
+from mpiddl.api.fail_together import raise_together
+from mpiddl.base.compiled_names import in_names_of
+from mpiddl.base.log import logger
+from mpiddl.base.plain import decode
+from mpiddl.base.segments import chunked
 from mpiddl.checkpoint.generators import from_text, set_random_state
 from mpiddl.checkpoint.index import RANDOM
 from mpiddl.checkpoint.opening import Found, open_together
@@ -18,14 +24,8 @@ from mpiddl.checkpoint.tensors import PIECE_BYTES, Kind
 from mpiddl.collectives.channel import Channel, bytes_of
 from mpiddl.comm.tuning import Choice
 from mpiddl.comm.world import World, current_world
-from mpiddl.compiled_names import in_names_of
 from mpiddl.devices.base import Buffer
 from mpiddl.errors import CheckpointError
-from mpiddl.log import logger
-from mpiddl.overlap.calls import broadcast, broadcast_json
-from mpiddl.overlap.together import raise_together
-from mpiddl.plain import decode
-from mpiddl.segments import chunked
 
 __all__ = ["Checkpoint", "load"]
 

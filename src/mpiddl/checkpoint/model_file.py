@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
+from mpiddl.api.fail_together import Tick
+from mpiddl.base.compiled_names import plain_name
 from mpiddl.checkpoint.tensors import METADATA, check_storable, nothing, write_tensors
-from mpiddl.compiled_names import plain_name
 from mpiddl.errors import CheckpointError
-from mpiddl.overlap.together import Tick
 
 __all__ = ["check_model", "write_model"]
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from mpiddl.api.calls import broadcast_json
+from mpiddl.api.fail_together import Tick, raise_together, work_together
 from mpiddl.checkpoint.folders import checkpoints, newest
 from mpiddl.checkpoint.index import INDEX, Index, read_index
 from mpiddl.checkpoint.own import PARTS
@@ -12,8 +14,6 @@ from mpiddl.checkpoint.tensors import Kind, Stored, stored_tensors
 from mpiddl.comm.world import World
 from mpiddl.devices.base import Buffer
 from mpiddl.errors import CheckpointError
-from mpiddl.overlap.calls import broadcast_json
-from mpiddl.overlap.together import Tick, raise_together, work_together
 
 __all__ = ["Found", "open_together"]
 

@@ -13,15 +13,15 @@ from typing import Any
 import numpy
 import torch
 
+from mpiddl.api.call import new_channel, run
+from mpiddl.api.calls import barrier
+from mpiddl.base.plain import digest
+from mpiddl.base.segments import chunked
+from mpiddl.base.waits import Waits
 from mpiddl.checkpoint.tensors import PIECE_BYTES, Kind
 from mpiddl.collectives.channel import Channel
 from mpiddl.comm.world import World
 from mpiddl.devices.base import Buffer
-from mpiddl.overlap.arguments import new_channel, run
-from mpiddl.overlap.calls import barrier
-from mpiddl.plain import digest
-from mpiddl.segments import chunked
-from mpiddl.waits import Waits
 
 __all__ = ["PARTS", "differences", "digests", "in_turn", "name_of", "parts_of", "receive", "send"]
 

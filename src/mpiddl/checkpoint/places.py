@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from mpiddl.base.plain import gapless
 from mpiddl.checkpoint.tensors import Kind
-from mpiddl.plain import gapless
 
 __all__ = ["Places", "keep_bits", "places_in_model", "places_in_optimizer"]
 

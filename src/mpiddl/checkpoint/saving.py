@@ -14,6 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mpiddl.api.calls import barrier, broadcast_json, gather_json
+from mpiddl.api.fail_together import Tick, raise_together, work_together
+from mpiddl.base.log import logger
+from mpiddl.base.plain import encode, gapless, place_of
 from mpiddl.checkpoint.folders import begin_folder, finish_folder, remove_old
 from mpiddl.checkpoint.generators import random_state
 from mpiddl.checkpoint.index import RANDOM, Index, write_index
@@ -37,13 +41,9 @@ from mpiddl.checkpoint.tensors import (
     write_tensors,
 )
 from mpiddl.collectives.channel import Channel, bytes_of
-from mpiddl.comm import library
 from mpiddl.comm.world import World, current_world
 from mpiddl.errors import CheckpointError
-from mpiddl.log import logger
-from mpiddl.overlap.calls import barrier, broadcast_json, gather_json
-from mpiddl.overlap.together import Tick, raise_together, work_together
-from mpiddl.plain import encode, gapless, place_of
+from mpiddl.launch import library
 
 __all__ = ["save"]
 

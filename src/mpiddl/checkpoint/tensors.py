@@ -19,11 +19,11 @@ from typing import NamedTuple
 
 import torch
 
+from mpiddl.api.fail_together import Tick
+from mpiddl.base.segments import chunked
 from mpiddl.collectives.channel import bytes_of
 from mpiddl.devices.base import Buffer
 from mpiddl.errors import CheckpointError
-from mpiddl.overlap.together import Tick
-from mpiddl.segments import chunked
 
 __all__ = [
     "METADATA",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mpiddl.units import parse_sizes
+from mpiddl.base.units import parse_sizes
 
 if TYPE_CHECKING:
     from mpiddl.comm.world import World
@@ -58,10 +58,10 @@ def init_on(device: str) -> World:
         LaunchError: There is no such device.
         PeerError: On every rank, if CuPy is missing on one.
     """
+    from mpiddl.api.calls import gather_json
     from mpiddl.comm.world import init
     from mpiddl.devices.registry import device_at
     from mpiddl.errors import LaunchError, MpiddlError, PeerError, UnsupportedBufferError
-    from mpiddl.overlap.calls import gather_json
 
     try:
         world = init(device=device)

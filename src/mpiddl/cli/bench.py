@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mpiddl.base.units import parse_sizes
 from mpiddl.cli import bench_overlap
 from mpiddl.cli.arguments import MOST_ROUNDS, Device, check_sizes, finite, init_on
 from mpiddl.cli.outputs import refuse_files, write_files
 from mpiddl.cli.run import deferred, let_rank_0_speak
-from mpiddl.comm.failure import LeaveTogether
-from mpiddl.units import parse_sizes
+from mpiddl.launch.exit import LeaveTogether
 
 if TYPE_CHECKING:
+    from mpiddl.bench.bandwidth import Plan, Row
+    from mpiddl.bench.candidates import Candidate
     from mpiddl.comm.world import World
-    from mpiddl.measure.bandwidth import Plan, Row
-    from mpiddl.measure.candidates import Candidate
 
 __all__ = ["app"]
 
@@ -107,8 +107,8 @@ def _command(collective: str) -> Callable[..., None]:
         plot_file: Plot = None,
         min_busbw: MinBusbw = None,
     ) -> None:
+        from mpiddl.bench.bandwidth import Plan
         from mpiddl.errors import PeerError
-        from mpiddl.measure.bandwidth import Plan
 
         names = _names(algorithms, collective)
         ways = staging.split(",") if staging else []
@@ -138,9 +138,9 @@ app.command("overlap")(deferred(bench_overlap.overlap))
 
 
 def _names(text: str, collective: str) -> list[str]:
+    from mpiddl.bench.lineup import names_of
+    from mpiddl.bench.sendrecv import SENDRECV
     from mpiddl.errors import PeerError
-    from mpiddl.measure.lineup import names_of
-    from mpiddl.measure.sendrecv import SENDRECV
 
     known = names_of(collective)
     names = [name for name in known if name != SENDRECV] if text == "all" else text.split(",")
@@ -152,9 +152,9 @@ def _names(text: str, collective: str) -> list[str]:
 
 def _memory(world: World, collective: str) -> tuple[dict[str, Any], float | None]:
     """What was measured of it, and the busbw that it allows, where one is known."""
+    from mpiddl.bench.gpu_memory import gpu_busbw_limit, measure_gpu_memory
+    from mpiddl.bench.memory import busbw_limit, measure_memory
     from mpiddl.devices.registry import device_at
-    from mpiddl.measure.gpu_memory import gpu_busbw_limit, measure_gpu_memory
-    from mpiddl.measure.memory import busbw_limit, measure_memory
 
     memory = measure_memory(world)
     on_gpu = device_at(world.device).late
@@ -178,9 +178,9 @@ def _candidates(
     report: _Report,
 ) -> list[Candidate]:
     """Those that can run here; an error if one was ``wanted`` by name and cannot."""
+    from mpiddl.bench.lineup import candidates, stagings_of
+    from mpiddl.bench.sendrecv import SENDRECV
     from mpiddl.errors import PeerError
-    from mpiddl.measure.lineup import candidates, stagings_of
-    from mpiddl.measure.sendrecv import SENDRECV
 
     ways, impossible = stagings_of(world, stagings)
     found, missing = candidates(names, collective, nbytes, world, ways)
@@ -206,8 +206,8 @@ def _measure(
 ) -> None:
     import torch
 
-    from mpiddl.measure.bandwidth import measure
-    from mpiddl.measure.candidates import Case
+    from mpiddl.bench.bandwidth import measure
+    from mpiddl.bench.candidates import Case
 
     kind = getattr(torch, dtype)
     case = Case(collective, nbytes // kind.itemsize * kind.itemsize, kind, op)
@@ -222,7 +222,7 @@ class _Report:
     """What rank 0 prints and writes."""
 
     def __init__(self, world: World) -> None:
-        from mpiddl.measure.environment import environment_of
+        from mpiddl.doctor.environment import environment_of
 
         self._speaks = world.rank == 0
         self._environment = environment_of(world)
@@ -238,7 +238,7 @@ class _Report:
         self._said.add(text)
 
     def begin(self, memory: dict[str, Any], limit: float | None) -> None:
-        from mpiddl.measure.report import HEADINGS, headline, memory_lines
+        from mpiddl.bench.report import HEADINGS, headline, memory_lines
 
         self._memory, self._limit = memory, limit
         self.say(headline(self._environment))
@@ -246,7 +246,7 @@ class _Report:
         self.say(HEADINGS)
 
     def add(self, row: Row) -> None:
-        from mpiddl.measure.report import line_of
+        from mpiddl.bench.report import line_of
 
         self._rows.append(row)
         self.say(line_of(row, self._limit))
@@ -259,8 +259,8 @@ class _Report:
         Raises:
             OutputError: On every rank.
         """
-        from mpiddl.measure.plots import plot_bandwidth
-        from mpiddl.measure.report import write_csv, write_json
+        from mpiddl.bench.plots import plot_bandwidth
+        from mpiddl.bench.report import write_csv, write_json
 
         ranks, mpi = len(self._environment["ranks"]), self._environment["mpi"]
         title = f"{title}, {ranks} ranks, {mpi}"

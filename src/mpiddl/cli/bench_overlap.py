@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mpiddl.base.units import parse_bytes
 from mpiddl.cli.arguments import MOST_ROUNDS, Device, init_on
 from mpiddl.cli.outputs import refuse_files, write_files
 from mpiddl.cli.run import let_rank_0_speak
-from mpiddl.comm.failure import LeaveTogether
-from mpiddl.units import parse_bytes
+from mpiddl.launch.exit import LeaveTogether
 
 if TYPE_CHECKING:
+    from mpiddl.bench.models import ModelSpec
+    from mpiddl.bench.overlap import Plan, Row
+    from mpiddl.bench.overlap_candidates import Options, Others
     from mpiddl.comm.world import World
-    from mpiddl.measure.models import ModelSpec
-    from mpiddl.measure.overlap import Plan, Row
-    from mpiddl.measure.overlap_candidates import Options, Others
 
 __all__ = ["overlap"]
 
@@ -44,8 +44,8 @@ def _check_bucket_size(text: str | None) -> str | None:
 
 def _some_of(table: str) -> Callable[[str | None], str | None]:
     def check(text: str | None) -> str | None:
-        from mpiddl.measure.models import DEFAULTS
-        from mpiddl.measure.overlap_candidates import ENGINES, NAMES
+        from mpiddl.bench.models import DEFAULTS
+        from mpiddl.bench.overlap_candidates import ENGINES, NAMES
 
         known = {"model": tuple(DEFAULTS), "engine": ENGINES, "candidates": NAMES}[table]
         for name in text.split(",") if text is not None else ():
@@ -137,9 +137,9 @@ def overlap(
     what `none/again` exposes is noise. On a GPU a step ends when its stream has done all. Exits 1
     if their parameters differ in the end.
     """
-    from mpiddl.measure import models, overlap_candidates
-    from mpiddl.measure.overlap import Plan
-    from mpiddl.measure.overlap_candidates import Options, Others, expanded
+    from mpiddl.bench import models, overlap_candidates
+    from mpiddl.bench.overlap import Plan
+    from mpiddl.bench.overlap_candidates import Options, Others, expanded
 
     kind = device.partition(":")[0]
     wanted = candidates is not None or engine != DEFAULT_ENGINES
@@ -165,11 +165,11 @@ def _measure(
     spec: ModelSpec, names: list[str], wanted: bool, others: Others, report: _Report
 ) -> None:
     """Rows of one model; an error if a candidate was ``wanted`` by name and cannot run."""
+    from mpiddl.bench.memory import check_room
+    from mpiddl.bench.models import nbytes_of
+    from mpiddl.bench.overlap import measure
+    from mpiddl.bench.overlap_candidates import candidates
     from mpiddl.errors import PeerError
-    from mpiddl.measure.memory import check_room
-    from mpiddl.measure.models import nbytes_of
-    from mpiddl.measure.overlap import measure
-    from mpiddl.measure.overlap_candidates import candidates
 
     # Each candidate has parameters and gradients of its own.
     check_room(2 * len(names) * nbytes_of(spec), f"{spec.name} of this size", report.world)
@@ -186,8 +186,8 @@ class _Report:
     """What rank 0 prints and writes."""
 
     def __init__(self, world: World, options: Options, plan: Plan) -> None:
-        from mpiddl.measure.environment import environment_of
-        from mpiddl.measure.report import headline
+        from mpiddl.bench.report import headline
+        from mpiddl.doctor.environment import environment_of
 
         self.world, self.options, self.plan = world, options, plan
         self._environment = environment_of(world)
@@ -208,7 +208,7 @@ class _Report:
         self._left_out.add(reason)
 
     def begin(self, spec: ModelSpec) -> None:
-        from mpiddl.measure.overlap_report import HEADINGS, describe_model
+        from mpiddl.bench.overlap_report import HEADINGS, describe_model
 
         facts = describe_model(spec)
         self._models.append(facts)
@@ -219,7 +219,7 @@ class _Report:
         self.say(HEADINGS)
 
     def add(self, rows: list[Row]) -> None:
-        from mpiddl.measure.overlap_report import line_of
+        from mpiddl.bench.overlap_report import line_of
 
         self._rows += rows
         for row in rows:
@@ -227,8 +227,8 @@ class _Report:
 
     def end(self, json_file: Path | None, plot_file: Path | None) -> None:
         """Write what was asked for; exit 1 on every rank if results differ."""
-        from mpiddl.measure.overlap_report import problems, ratios, write_json
-        from mpiddl.measure.plots import plot_overlap
+        from mpiddl.bench.overlap_report import problems, ratios, write_json
+        from mpiddl.bench.plots import plot_overlap
 
         for line in ["", *ratios(self._rows)]:
             self.say(line)

@@ -13,8 +13,8 @@ from mpiddl.cli.outputs import check_picture
 from mpiddl.cli.run import deferred
 
 if TYPE_CHECKING:
-    from mpiddl.data.plots import Balance
-    from mpiddl.data.skewness import Skew
+    from mpiddl.data.sharding.plots import Balance
+    from mpiddl.data.sharding.skewness import Skew
 
 __all__ = ["app", "report"]
 
@@ -51,7 +51,7 @@ def report(
     ),
 ) -> None:
     """Draw samples and classes of each rank, and step times before and after balancing."""
-    from mpiddl.data.plots import plot_report
+    from mpiddl.data.sharding.plots import plot_report
     from mpiddl.errors import DataError, OutputError
 
     check_picture(output)
@@ -89,9 +89,9 @@ def _skew(
     """Deal the samples out as the job would."""
     import inspect
 
-    from mpiddl.data.readers.npy import read_npy
-    from mpiddl.data.shardings import SHARDINGS, sharding
-    from mpiddl.data.skewness import skew_of
+    from mpiddl.data.reading.npy import read_npy
+    from mpiddl.data.sharding.kinds import SHARDINGS, sharding
+    from mpiddl.data.sharding.skewness import skew_of
     from mpiddl.errors import DataError
 
     classes = read_npy(labels)
@@ -114,8 +114,8 @@ def _balance_in(path: Path) -> Balance:
     """
     import numpy
 
-    from mpiddl.data.balance import FORMAT
-    from mpiddl.data.plots import Balance
+    from mpiddl.data.sharding.balance import FORMAT
+    from mpiddl.data.sharding.plots import Balance
     from mpiddl.errors import DataError
 
     try:

@@ -11,7 +11,7 @@ from mpiddl.cli.run import let_rank_0_speak
 
 if TYPE_CHECKING:
     from mpiddl.comm.world import World
-    from mpiddl.measure.findings import Trap
+    from mpiddl.doctor.findings import Trap
 
 __all__ = ["doctor"]
 
@@ -31,14 +31,14 @@ def doctor(
 
     Works alone and under mpirun or srun. Exits 1 if something would break training.
     """
-    from mpiddl.comm.failure import LeaveTogether
-    from mpiddl.comm.launchers import read_launch
+    from mpiddl.api.calls import gather_json
     from mpiddl.comm.world import init
+    from mpiddl.doctor.environment import rank_facts
+    from mpiddl.doctor.findings import by_node
+    from mpiddl.doctor.traps import Trap, find_traps
     from mpiddl.errors import LaunchError, SettingsError
-    from mpiddl.measure.environment import rank_facts
-    from mpiddl.measure.findings import by_node
-    from mpiddl.measure.traps import Trap, find_traps
-    from mpiddl.overlap.calls import gather_json
+    from mpiddl.launch.exit import LeaveTogether
+    from mpiddl.launch.launchers import read_launch
 
     launch = read_launch()
     world: World | None = None
@@ -86,8 +86,8 @@ def _all_on_gpus(facts: list[dict[str, Any]]) -> bool:
 def _copies(world: World) -> tuple[list[dict[str, Any]] | None, list[Trap]]:
     """Bandwidth between the GPUs of each node's ranks, and what it means that there is none.
     Collective."""
-    from mpiddl.measure.findings import Trap
-    from mpiddl.measure.gpu_memory import peer_bandwidth
+    from mpiddl.bench.gpu_memory import peer_bandwidth
+    from mpiddl.doctor.findings import Trap
 
     copies = peer_bandwidth(world)
     if copies is not None or world.num_nodes == world.size:
@@ -105,8 +105,8 @@ def _copies(world: World) -> tuple[list[dict[str, Any]] | None, list[Trap]]:
 
 def _start(world: World) -> list[Trap]:
     """What may go wrong while MPI starts. Collective."""
-    from mpiddl.measure.fences import empty_fence_waits
-    from mpiddl.measure.findings import Trap
+    from mpiddl.doctor.fences import empty_fence_waits
+    from mpiddl.doctor.findings import Trap
 
     if empty_fence_waits(world) is not False:
         return []
@@ -207,7 +207,7 @@ def _rates(copies: list[dict[str, Any]] | None) -> str:
 
 
 def _device(index: int, device: dict[str, Any]) -> str:
-    from mpiddl.units import format_bytes
+    from mpiddl.base.units import format_bytes
 
     memory = format_bytes(device["memory_bytes"] >> 20 << 20)
     place = f", PCI {device['pci']}" if device["pci"] else ""

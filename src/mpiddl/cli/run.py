@@ -12,10 +12,10 @@ from typing import Any
 
 import typer
 
-from mpiddl.comm.failure import GRACE_SECONDS, LeaveTogether
-from mpiddl.comm.launchers import read_launch
 from mpiddl.comm.world import is_running
 from mpiddl.errors import MpiddlError
+from mpiddl.launch.exit import GRACE_SECONDS, LeaveTogether
+from mpiddl.launch.launchers import read_launch
 
 __all__ = ["deferred", "let_rank_0_speak", "run"]
 

@@ -76,8 +76,8 @@ def slurm(
 
     mpiddl slurm --nodes 2 --ranks-per-node 4 -o job.sbatch -- python jobs/digits.py --epochs 5
     """
-    from mpiddl.comm.launchers import read_launch
     from mpiddl.errors import LaunchError
+    from mpiddl.launch.launchers import read_launch
     from mpiddl.sbatch.writing import Batch, write_script
 
     if not read_launch().is_first:

@@ -27,7 +27,7 @@ def merge(
     ] = Path("run.json"),
 ) -> None:
     """Make one trace of all ranks, their clocks aligned."""
-    from mpiddl.measure import trace
+    from mpiddl.trace import chrome as trace
 
     recordings = trace.read_folder(folder)
     merged = trace.merge(recordings)
@@ -57,7 +57,8 @@ def plot(
 ) -> None:
     """Draw a step: forward, backward, what flew meanwhile, what was waited for."""
     from mpiddl.errors import OutputError
-    from mpiddl.measure import timeline, trace
+    from mpiddl.trace import chrome as trace
+    from mpiddl.trace import timeline
 
     check_picture(output)
     steps = timeline.choose_steps(trace.read_trace(trace_file), _steps_in(step))
@@ -73,7 +74,7 @@ def show(
     last: Annotated[int, typer.Option(min=1, max=1 << 30, help="Events a rank.")] = 20,
 ) -> None:
     """Print what each rank did last."""
-    from mpiddl.measure import trace
+    from mpiddl.trace import chrome as trace
 
     for line in trace.lines_of(trace.read_folder(path), last):
         typer.echo(line)

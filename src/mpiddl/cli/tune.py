@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mpiddl.base.units import format_bytes, parse_sizes
 from mpiddl.cli.arguments import MOST_ROUNDS, Device, check_sizes, init_on
-from mpiddl.units import format_bytes, parse_sizes
 
 if TYPE_CHECKING:
+    from mpiddl.bench.bandwidth import Row
     from mpiddl.comm.world import World
-    from mpiddl.measure.bandwidth import Row
 
 __all__ = ["tune"]
 
@@ -36,10 +36,10 @@ def tune(
     Run it once with the number of hosts and ranks per host that jobs will have, and on the kind of
     device. The file is read when a job starts, by rank 0, for all.
     """
+    from mpiddl.api.calls import broadcast_json
+    from mpiddl.bench.tune import tune as measured
     from mpiddl.comm.tuning import cluster_name
     from mpiddl.errors import OutputError
-    from mpiddl.measure.tune import tune as measured
-    from mpiddl.overlap.calls import broadcast_json
 
     world = init_on(device)
     speaks = world.rank == 0
@@ -62,8 +62,8 @@ def tune(
 
 def _conclude(world: World, rows: Sequence[Row], file: Path | None) -> str | None:
     """On rank 0: say what is fastest and write it; what went wrong."""
+    from mpiddl.bench.tune import choices_of
     from mpiddl.comm.tuning import cluster_name, tune_file, write_choices
-    from mpiddl.measure.tune import choices_of
 
     path = file or tune_file(world.settings.tune)
     choices = choices_of(rows)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mpiddl.base.waits import Waits
 from mpiddl.collectives.all_to_all import all_to_all
 from mpiddl.collectives.channel import Channel
 from mpiddl.devices.base import Buffer
-from mpiddl.waits import Waits
 
 __all__ = ["all_gather"]
 

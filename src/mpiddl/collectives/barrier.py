@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from mpiddl.base.waits import AllOf, Waits
 from mpiddl.collectives.channel import Channel
-from mpiddl.waits import AllOf, Waits
 
 __all__ = ["barrier"]
 

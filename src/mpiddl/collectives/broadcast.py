@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import deque
 from itertools import islice
 
+from mpiddl.base.segments import chunked
+from mpiddl.base.waits import AllOf, Wait, Waits
 from mpiddl.collectives.channel import Channel
 from mpiddl.devices.base import Buffer
 from mpiddl.devices.registry import device_of
-from mpiddl.segments import chunked
-from mpiddl.waits import AllOf, Wait, Waits
 
 __all__ = ["broadcast", "tree"]
 

@@ -7,14 +7,14 @@ from copy import copy
 
 import torch
 
-from mpiddl.collectives.lane import Lane
+from mpiddl.base.waits import ALREADY, Wait
+from mpiddl.collectives.node.lane import Lane
 from mpiddl.comm.messages import Credits
 from mpiddl.comm.native import Native
 from mpiddl.comm.world import World
 from mpiddl.devices.base import Buffer
 from mpiddl.devices.registry import device_of
-from mpiddl.events import Kind, record, recorder
-from mpiddl.waits import ALREADY, Wait
+from mpiddl.observe.events import Kind, record, recorder
 
 __all__ = ["Channel", "bytes_of"]
 

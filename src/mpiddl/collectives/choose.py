@@ -7,23 +7,23 @@ from typing import Protocol
 
 import torch
 
+from mpiddl.base.settings import ALGORITHM_NAMES
+from mpiddl.base.waits import Waits
 from mpiddl.collectives.channel import Channel
 from mpiddl.collectives.direct import direct_all_reduce
 from mpiddl.collectives.doubling import doubling_all_reduce
-from mpiddl.collectives.hierarchical import hierarchical_all_reduce
 from mpiddl.collectives.library import library_all_reduce
 from mpiddl.collectives.nccl import NCCL_DTYPES, nccl_all_reduce, nccl_problem
+from mpiddl.collectives.node.hierarchical import hierarchical_all_reduce
+from mpiddl.collectives.node.shared import shared_all_reduce
 from mpiddl.collectives.reduction import DTYPES, Reduction
 from mpiddl.collectives.reference import reference_all_reduce
 from mpiddl.collectives.ring import ring_all_reduce
-from mpiddl.collectives.shared import shared_all_reduce
 from mpiddl.comm.native import NATIVE_DTYPES
 from mpiddl.comm.world import World
 from mpiddl.devices.base import Buffer, Device
 from mpiddl.devices.host import HOST
 from mpiddl.errors import UnsupportedBufferError
-from mpiddl.settings import ALGORITHM_NAMES
-from mpiddl.waits import Waits
 
 __all__ = [
     "ALGORITHMS",

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import torch
 
+from mpiddl.base.segments import chunked
+from mpiddl.base.waits import AllOf, Waits
 from mpiddl.collectives.channel import Channel
 from mpiddl.collectives.reduction import Reduction
 from mpiddl.devices.base import Buffer, Device
-from mpiddl.segments import chunked
-from mpiddl.waits import AllOf, Waits
 
 __all__ = ["doubling_all_reduce"]
 

@@ -5,12 +5,12 @@ A GPU's memory is copied to the host and back: MPI's own reductions of it copy t
 
 from __future__ import annotations
 
+from mpiddl.base.segments import chunked
+from mpiddl.base.waits import AllOf, Wait, Waits
 from mpiddl.collectives.channel import Channel
 from mpiddl.collectives.reduction import Reduction
 from mpiddl.devices.base import Buffer, Device
 from mpiddl.devices.host import HOST
-from mpiddl.segments import chunked
-from mpiddl.waits import AllOf, Wait, Waits
 
 __all__ = ["library_all_reduce"]
 

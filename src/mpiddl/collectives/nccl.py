@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from mpiddl.base.waits import Wait, Waits
 from mpiddl.collectives.channel import Channel
 from mpiddl.collectives.reduction import Reduction
 from mpiddl.comm.layout import exchange
@@ -16,7 +17,6 @@ from mpiddl.comm.world import World
 from mpiddl.devices.base import Buffer, Device
 from mpiddl.devices.cuda.device import CudaDevice
 from mpiddl.devices.cuda.streams import Events
-from mpiddl.waits import Wait, Waits
 
 __all__ = [
     "NCCL_DTYPES",

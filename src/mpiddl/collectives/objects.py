@@ -8,9 +8,9 @@ from typing import Any
 import numpy
 import torch
 
+from mpiddl.base.waits import AllOf, Waits
 from mpiddl.collectives.broadcast import broadcast
 from mpiddl.collectives.channel import Channel
-from mpiddl.waits import AllOf, Waits
 
 __all__ = ["broadcast_json", "gather_json"]
 

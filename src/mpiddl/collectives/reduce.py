@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from mpiddl.base.segments import split
+from mpiddl.base.waits import Waits
 from mpiddl.collectives.channel import Channel
 from mpiddl.collectives.gather import gather
 from mpiddl.collectives.reduce_scatter import reduce_scatter
 from mpiddl.collectives.reduction import Reduction
 from mpiddl.devices.base import Buffer, Device
-from mpiddl.segments import split
-from mpiddl.waits import Waits
 
 __all__ = ["reduce"]
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 import torch
 
+from mpiddl.base.segments import chunked
+from mpiddl.base.waits import AllOf, Wait, Waits
 from mpiddl.collectives.all_to_all import peers_in_turn
 from mpiddl.collectives.channel import Channel
 from mpiddl.collectives.reduction import Reduction
 from mpiddl.devices.base import Buffer, Device
-from mpiddl.segments import chunked
-from mpiddl.waits import AllOf, Wait, Waits
 
 __all__ = ["reduce_scatter"]
 

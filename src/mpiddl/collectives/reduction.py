@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from mpiddl.base.waits import Waits
 from mpiddl.devices.base import Buffer, Device
 from mpiddl.errors import UnsupportedBufferError
-from mpiddl.waits import Waits
 
 __all__ = ["DTYPES", "OPS", "Reduction", "check_scales", "reduction_of", "scaled"]
 

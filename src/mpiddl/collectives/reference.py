@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from mpiddl.base.waits import AllOf, Waits
 from mpiddl.collectives.channel import Channel
 from mpiddl.collectives.reduction import Reduction
 from mpiddl.devices.base import Buffer, Device
-from mpiddl.waits import AllOf, Waits
 
 __all__ = ["reference_all_reduce"]
 

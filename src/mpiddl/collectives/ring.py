@@ -15,11 +15,11 @@ from __future__ import annotations
 
 from collections import deque
 
+from mpiddl.base.segments import chunked, split
+from mpiddl.base.waits import Wait, Waits
 from mpiddl.collectives.channel import Channel
 from mpiddl.collectives.reduction import Reduction
 from mpiddl.devices.base import Buffer, Device
-from mpiddl.segments import chunked, split
-from mpiddl.waits import Wait, Waits
 
 __all__ = ["ring_all_reduce"]
 

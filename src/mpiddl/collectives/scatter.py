@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mpiddl.base.waits import AllOf, Waits
 from mpiddl.collectives.channel import Channel
 from mpiddl.devices.base import Buffer
 from mpiddl.devices.registry import device_of
-from mpiddl.waits import AllOf, Waits
 
 __all__ = ["scatter"]
 

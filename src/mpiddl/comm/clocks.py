@@ -7,9 +7,9 @@ import os
 import time
 from collections.abc import Sequence
 
+from mpiddl.base.waits import Wait
 from mpiddl.comm.layout import Layout
 from mpiddl.comm.messages import Messages
-from mpiddl.waits import Wait
 
 __all__ = ["offsets_of_nodes"]
 

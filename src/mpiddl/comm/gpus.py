@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mpiddl.base.log import logger
 from mpiddl.comm.layout import Layout
-from mpiddl.log import logger
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpiddl.progress import waiting
+from mpiddl.observe.activity import waiting
 
 if TYPE_CHECKING:
     from mpi4py import MPI

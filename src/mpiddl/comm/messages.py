@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
+from mpiddl.base.segments import chunked
+from mpiddl.base.waits import ALREADY, AllOf, Wait
 from mpiddl.comm.kept import forget_one, keep_until
 from mpiddl.errors import TagError
-from mpiddl.segments import chunked
-from mpiddl.waits import ALREADY, AllOf, Wait
 
 if TYPE_CHECKING:
     from mpi4py import MPI

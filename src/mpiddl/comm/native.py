@@ -6,8 +6,8 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from mpiddl.base.waits import Queue, Wait
 from mpiddl.comm.messages import RequestWait
-from mpiddl.waits import Queue, Wait
 
 if TYPE_CHECKING:
     from mpi4py import MPI

@@ -21,10 +21,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mpiddl.comm import library
+from mpiddl.base.log import logger
+from mpiddl.base.settings import ALGORITHM_NAMES
 from mpiddl.comm.layout import Layout
-from mpiddl.log import logger
-from mpiddl.settings import ALGORITHM_NAMES
+from mpiddl.launch import library
 
 __all__ = [
     "Choice",

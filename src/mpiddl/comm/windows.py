@@ -22,10 +22,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from mpiddl.base.log import logger
+from mpiddl.base.units import format_bytes
 from mpiddl.comm.layout import exchange
 from mpiddl.errors import MismatchError
-from mpiddl.log import logger
-from mpiddl.units import format_bytes
 
 if TYPE_CHECKING:
     import torch

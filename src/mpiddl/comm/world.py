@@ -8,20 +8,23 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from mpiddl.comm import failure, flight, gpus, launchers, library, offers, pmix
+from mpiddl.base.log import logger, name_rank
+from mpiddl.base.settings import Settings, read
+from mpiddl.base.units import integer
+from mpiddl.comm import gpus
 from mpiddl.comm.layout import exchange, find_layout
 from mpiddl.comm.messages import Messages, Tags
 from mpiddl.comm.native import Native
-from mpiddl.comm.processes import refuse_child_process
-from mpiddl.comm.reach import find_reach
-from mpiddl.comm.threads import share_cores
+from mpiddl.comm.peer_memory import find_reach
 from mpiddl.comm.tuning import Choice, read_choices
 from mpiddl.comm.windows import Windows
 from mpiddl.errors import LaunchError, NotInitializedError, SettingsError
-from mpiddl.log import logger, name_rank
-from mpiddl.progress import waiting
-from mpiddl.settings import Settings, read
-from mpiddl.units import integer
+from mpiddl.launch import exit as failure
+from mpiddl.launch import launchers, library, offers, pmix
+from mpiddl.launch.processes import refuse_child_process
+from mpiddl.launch.threads import share_cores
+from mpiddl.observe import flight_recorder as flight
+from mpiddl.observe.activity import waiting
 
 if TYPE_CHECKING:
     import torch

@@ -8,10 +8,10 @@ from typing import Any
 import numpy
 import torch
 
+from mpiddl.api.calls import gather_json
+from mpiddl.api.fail_together import raise_together
 from mpiddl.comm.world import World
 from mpiddl.errors import DataError
-from mpiddl.overlap.calls import gather_json
-from mpiddl.overlap.together import raise_together
 
 __all__ = ["kind_of", "refuse_different", "refuse_unlike_samples"]
 

@@ -8,9 +8,9 @@ from typing import Protocol
 
 import torch
 
+from mpiddl.base.waits import Wait
 from mpiddl.comm.messages import ByteMessages
 from mpiddl.comm.world import World
-from mpiddl.waits import Wait
 
 __all__ = ["Buffer", "Device", "MappedMemory", "as_dtype"]
 

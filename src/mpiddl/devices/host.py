@@ -8,11 +8,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
+from mpiddl.base.waits import ALREADY, Wait
 from mpiddl.comm.messages import Messages
 from mpiddl.comm.windows import Windows
 from mpiddl.comm.world import World
 from mpiddl.devices.base import Buffer, as_dtype
-from mpiddl.waits import ALREADY, Wait
 
 __all__ = ["HOST", "HostDevice"]
 

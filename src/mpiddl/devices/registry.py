@@ -58,6 +58,6 @@ def _make(place: torch.device) -> Device:
         )
     from mpiddl.devices.cuda.device import CudaDevice
     from mpiddl.devices.cuda.driver import CudaRuntime
-    from mpiddl.devices.verdict import mpi_reads_gpu_memory
+    from mpiddl.devices.cuda_aware.verdict import mpi_reads_gpu_memory
 
     return CudaDevice(CudaRuntime(place.index), mpi_reads_gpu_memory(place.index))

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 
+from mpiddl.base.segments import chunked
+from mpiddl.base.waits import ALREADY, Wait
 from mpiddl.comm.kept import keep_until
 from mpiddl.comm.messages import ByteMessages
 from mpiddl.devices.cuda.runtime import Runtime
 from mpiddl.devices.cuda.streams import Event, Events
-from mpiddl.segments import chunked
-from mpiddl.waits import ALREADY, Wait
 
 __all__ = ["PIECE_BYTES", "Stage", "StagedMessages"]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import typer
 
-from mpiddl.comm.launchers import read_launch
-from mpiddl.settings import ALGORITHM_NAMES
-from mpiddl.units import parse_bytes
+from mpiddl.base.settings import ALGORITHM_NAMES
+from mpiddl.base.units import parse_bytes
+from mpiddl.launch.launchers import read_launch
 
 __all__ = ["known_algorithm", "not_both", "positive", "size", "writable"]
 

@@ -12,12 +12,12 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 import typer
 from typer.models import OptionInfo
 
+from mpiddl.base.settings import ALGORITHM_NAMES
 from mpiddl.cli.arguments import finite
 from mpiddl.cli.run import run
 from mpiddl.job import checks
 from mpiddl.job.config import take_config
 from mpiddl.job.preemption import listen
-from mpiddl.settings import ALGORITHM_NAMES
 
 __all__ = ["Flags", "command_of", "start"]
 

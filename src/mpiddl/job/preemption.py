@@ -7,8 +7,8 @@ from types import FrameType
 
 import torch
 
+from mpiddl.api.calls import all_reduce
 from mpiddl.comm.world import World
-from mpiddl.overlap.calls import all_reduce
 
 __all__ = ["is_any_rank_asked", "listen"]
 

@@ -10,19 +10,19 @@ from typing import Any
 import torch
 
 from mpiddl import checkpoint
+from mpiddl.api.calls import barrier
+from mpiddl.api.fail_together import Tick, work_together
+from mpiddl.base.log import logger
 from mpiddl.checkpoint.folders import checkpoints, remove
 from mpiddl.checkpoint.model_file import check_model, write_model
-from mpiddl.comm.failure import LeaveTogether
 from mpiddl.comm.world import World
-from mpiddl.data.batches import ShardBatchSampler
+from mpiddl.data.sharding.batches import ShardBatchSampler
 from mpiddl.errors import CheckpointError, OutputError
 from mpiddl.job.flags import Flags
 from mpiddl.job.preemption import is_any_rank_asked
 from mpiddl.job.records import Records, Row, epoch_line, not_finite, values_in_words
 from mpiddl.job.sums import Sums
-from mpiddl.log import logger
-from mpiddl.overlap.calls import barrier
-from mpiddl.overlap.together import Tick, work_together
+from mpiddl.launch.exit import LeaveTogether
 from mpiddl.sbatch.writing import TRY_AGAIN
 from mpiddl.training import replicas
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from mpiddl.api.calls import gather_json
 from mpiddl.comm.world import World
-from mpiddl.overlap.calls import gather_json
 
 __all__ = ["Sums"]
 

@@ -11,16 +11,16 @@ from typing import NamedTuple
 
 import torch
 
+from mpiddl.base.log import logger
+from mpiddl.base.plain import gapless, overwrite
+from mpiddl.base.waits import Waits
 from mpiddl.collectives.broadcast import broadcast
 from mpiddl.collectives.channel import Channel, bytes_of
 from mpiddl.devices.base import Buffer, Device
 from mpiddl.devices.registry import device_of
-from mpiddl.log import logger
-from mpiddl.overlap.control import Control
-from mpiddl.overlap.work import Work
-from mpiddl.plain import gapless, overwrite
+from mpiddl.engine.control import Control
+from mpiddl.engine.work import Work
 from mpiddl.training.state import why_not_plain
-from mpiddl.waits import Waits
 
 __all__ = ["BufferBroadcast"]
 

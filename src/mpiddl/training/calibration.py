@@ -7,13 +7,13 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from mpiddl.base.log import logger
+from mpiddl.base.units import format_bytes
 from mpiddl.comm.tuning import read_training, write_training
 from mpiddl.comm.world import World
-from mpiddl.log import logger
-from mpiddl.overlap.control import Control
-from mpiddl.overlap.engine import may_thread
+from mpiddl.engine.control import Control
+from mpiddl.engine.engine import may_thread
 from mpiddl.training.options import Options
-from mpiddl.units import format_bytes
 
 __all__ = ["Calibration", "Choice", "fastest"]
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from mpiddl.buckets.agreement import odd_ones
+from mpiddl.base.plain import digest
 from mpiddl.errors import ReplicaError
-from mpiddl.plain import digest
+from mpiddl.gradients.agreement import odd_ones
 
 __all__ = ["refuse_difference"]
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from mpiddl.base.plain import gapless
 from mpiddl.errors import GradientError
-from mpiddl.plain import gapless
 from mpiddl.training.in_flight import InFlight
 from mpiddl.training.wrapping import wrapper_of
 

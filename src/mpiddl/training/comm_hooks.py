@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 
-from mpiddl.buckets.bucket import Bucket
+from mpiddl.base.waits import Waits
 from mpiddl.devices.base import Buffer, Device
 from mpiddl.devices.registry import device_of
 from mpiddl.errors import GradientError
-from mpiddl.waits import Waits
+from mpiddl.gradients.bucket import Bucket
 
 __all__ = ["CommHook", "GradientBucket", "bf16_compress", "hook_for_buckets"]
 

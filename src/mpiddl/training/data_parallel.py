@@ -10,18 +10,18 @@ from typing import Any
 
 import torch
 
-from mpiddl.buckets.plan import BucketPlan
-from mpiddl.comm import flight
+from mpiddl.base.compiled_names import in_names_of
 from mpiddl.comm.world import World, current_world
-from mpiddl.compiled_names import in_names_of
-from mpiddl.events import Kind
-from mpiddl.overlap.spans import span
+from mpiddl.gradients.plan import BucketPlan
+from mpiddl.observe import flight_recorder as flight
+from mpiddl.observe.events import Kind
+from mpiddl.observe.spans import span
 from mpiddl.training.comm_hooks import CommHook, hook_for_buckets
 from mpiddl.training.options import options_from
 from mpiddl.training.reducer import Reducer
-from mpiddl.training.shares import check_share
 from mpiddl.training.state import broadcast_state
 from mpiddl.training.stats import Stats
+from mpiddl.training.weights import check_share
 from mpiddl.training.wrapping import NotWrapped
 
 __all__ = ["DataParallel"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from mpiddl.base.log import logger
 from mpiddl.comm.world import World
 from mpiddl.errors import GradientError
-from mpiddl.log import logger
 
 __all__ = ["check_finite"]
 

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import batch_norm
 
 from mpiddl.errors import GradientError
-from mpiddl.training.announcements import all_gather_rows, sum_up
+from mpiddl.training.join.announcements import all_gather_rows, sum_up
 
 if TYPE_CHECKING:
     from mpiddl.training.sync_batch_norm import SyncBatchNorm

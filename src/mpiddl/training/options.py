@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from mpiddl.buckets.agreement import who_has_what
+from mpiddl.base.settings import ENGINES, Settings
+from mpiddl.base.units import parse_bytes
+from mpiddl.engine.control import Control
 from mpiddl.errors import MismatchError, SettingsError
-from mpiddl.overlap.control import Control
-from mpiddl.settings import ENGINES, Settings
-from mpiddl.units import parse_bytes
+from mpiddl.gradients.agreement import who_has_what
 
 __all__ = ["AUTO", "NAN_CHECKS", "Options", "agree_on_options", "options_from"]
 

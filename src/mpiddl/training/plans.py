@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mpiddl.buckets import agreement
-from mpiddl.buckets.plan import BucketPlan, ParameterSpec, plan_buckets
 from mpiddl.comm.world import World
-from mpiddl.overlap.control import Control
+from mpiddl.engine.control import Control
+from mpiddl.gradients import agreement
+from mpiddl.gradients.plan import BucketPlan, ParameterSpec, plan_buckets
 from mpiddl.training.calibration import Calibration, Choice
 from mpiddl.training.options import Options
 

@@ -4,35 +4,35 @@ from __future__ import annotations
 
 import torch
 
-from mpiddl.buckets.bucket import Bucket
-from mpiddl.buckets.gradients import Gradients, arenas_for, spec_of
-from mpiddl.buckets.plan import BucketPlan
+from mpiddl.base.log import logger
 from mpiddl.comm.world import World
 from mpiddl.devices.registry import device_of
+from mpiddl.engine.bucket_reductions import BucketReductions
+from mpiddl.engine.control import Control
+from mpiddl.engine.engine import engine_of
+from mpiddl.engine.scheduler import Scheduler
+from mpiddl.engine.work import Work
 from mpiddl.errors import GradientError
-from mpiddl.events import Kind, new_model, record
-from mpiddl.log import logger
-from mpiddl.overlap.bucket_reductions import BucketReductions
-from mpiddl.overlap.control import Control
-from mpiddl.overlap.engine import engine_of
-from mpiddl.overlap.scheduler import Scheduler
-from mpiddl.overlap.work import Work
-from mpiddl.training.announcements import announcements_of
+from mpiddl.gradients.arena import Gradients, arenas_for, spec_of
+from mpiddl.gradients.bucket import Bucket
+from mpiddl.gradients.plan import BucketPlan
+from mpiddl.observe.events import Kind, new_model, record
 from mpiddl.training.buffers import BufferBroadcast
 from mpiddl.training.calibration import Choice
 from mpiddl.training.checksums import refuse_difference
-from mpiddl.training.deferral import Deferral
 from mpiddl.training.finite import check_finite
 from mpiddl.training.in_flight import InFlight, two_backwards
+from mpiddl.training.join.announcements import announcements_of
+from mpiddl.training.late_step.deferral import Deferral
+from mpiddl.training.model_guard import Roster
 from mpiddl.training.options import Options, agree_on_options
 from mpiddl.training.plans import Plans
-from mpiddl.training.roster import Roster
-from mpiddl.training.shares import refuse_left_out, weight_of_backward
 from mpiddl.training.sparse import SparseGradients, sparse_weights
 from mpiddl.training.stats import Accounts, Stats
 from mpiddl.training.step_watch import watch_steps
 from mpiddl.training.sync_batch_norm import adopt_batch_norms
 from mpiddl.training.unused import Unused
+from mpiddl.training.weights import refuse_left_out, weight_of_backward
 from mpiddl.training.wrapping import (
     agree_on_plan,
     attach,

@@ -6,8 +6,8 @@ import functools
 
 import torch
 
+from mpiddl.api.calls import gather_json
 from mpiddl.comm.world import World, current_world
-from mpiddl.overlap.calls import gather_json
 from mpiddl.training.checksums import refuse_difference
 from mpiddl.training.data_parallel import DataParallel
 from mpiddl.training.state import named_state

@@ -8,8 +8,8 @@ import torch
 
 from mpiddl.collectives.channel import bytes_of
 from mpiddl.comm.world import World
+from mpiddl.engine.control import Control
 from mpiddl.errors import GradientError
-from mpiddl.overlap.control import Control
 
 __all__ = ["SparseGradients", "sparse_weights"]
 

@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 import torch
 
+from mpiddl.base.plain import gapless, overwrite
 from mpiddl.collectives.broadcast import broadcast
 from mpiddl.collectives.channel import Channel, bytes_of
 from mpiddl.collectives.choose import chunk_bytes_for
 from mpiddl.comm.world import World
 from mpiddl.devices.registry import device_of
-from mpiddl.overlap.engine import engine_of
-from mpiddl.plain import gapless, overwrite
+from mpiddl.engine.engine import engine_of
 
 __all__ = ["NotPlain", "broadcast_state", "named_state", "why_not_plain"]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from mpiddl.buckets.bucket import Bucket
-from mpiddl.overlap.scheduler import Scheduler
+from mpiddl.engine.scheduler import Scheduler
+from mpiddl.gradients.bucket import Bucket
 
 __all__ = ["Accounts", "BucketStats", "Stats"]
 

@@ -9,8 +9,8 @@ import torch
 from torch.nn.functional import batch_norm
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mpiddl.base.log import logger
 from mpiddl.comm.world import World, current_world
-from mpiddl.log import logger
 from mpiddl.training.normalisation import normalise
 
 __all__ = ["SyncBatchNorm", "adopt_batch_norms"]

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from mpiddl.engine.control import Control
 from mpiddl.errors import GradientError
-from mpiddl.overlap.control import Control
 
 __all__ = ["Unused"]
 

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from mpiddl.buckets import agreement
-from mpiddl.buckets.gradients import spec_of
-from mpiddl.buckets.plan import BucketPlan
 from mpiddl.collectives.reduction import FLOATS
 from mpiddl.devices.registry import device_of
+from mpiddl.engine.control import Control
 from mpiddl.errors import GradientError, UnsupportedBufferError
-from mpiddl.events import Kind, describe, record
-from mpiddl.overlap.control import Control
+from mpiddl.gradients import agreement
+from mpiddl.gradients.arena import spec_of
+from mpiddl.gradients.plan import BucketPlan
+from mpiddl.observe.events import Kind, describe, record
 from mpiddl.training.state import named_state, why_not_plain
 
 __all__ = [

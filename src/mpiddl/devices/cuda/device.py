@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
+from mpiddl.base.waits import ALREADY, AllOf, Wait
 from mpiddl.comm.messages import ByteMessages
 from mpiddl.comm.world import World
 from mpiddl.devices.base import Buffer, as_dtype
@@ -16,7 +17,6 @@ from mpiddl.devices.cuda.memory import CudaWindows
 from mpiddl.devices.cuda.runtime import Runtime
 from mpiddl.devices.cuda.streams import Event, Events
 from mpiddl.devices.staging import PIECE_BYTES, Stage, StagedMessages
-from mpiddl.waits import ALREADY, AllOf, Wait
 
 __all__ = ["CudaDevice"]
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from mpiddl.base.units import format_bytes
 from mpiddl.devices.cuda.kernels import Kernels
 from mpiddl.errors import GpuMemoryError, UnsupportedBufferError
-from mpiddl.units import format_bytes
 
 __all__ = ["CudaRuntime"]
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
+from mpiddl.base.log import logger
 from mpiddl.comm.layout import exchange
 from mpiddl.comm.windows import refuse_other_sizes
 from mpiddl.comm.world import World
 from mpiddl.devices.base import Buffer, as_dtype
 from mpiddl.devices.cuda.runtime import Runtime
 from mpiddl.errors import GpuMemoryError
-from mpiddl.log import logger
 
 __all__ = ["CudaWindows"]
 

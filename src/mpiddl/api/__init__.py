@@ -1,0 +1,1 @@
+"""The collectives as users call them."""

@@ -1,0 +1,1 @@
+"""What ``mpiddl bench`` and ``mpiddl tune`` measure, and how it is shown."""

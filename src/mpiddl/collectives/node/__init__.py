@@ -1,0 +1,1 @@
+"""Collectives within a node, where ranks meet in shared memory."""

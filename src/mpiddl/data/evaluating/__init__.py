@@ -1,0 +1,1 @@
+"""Results of all ranks: predictions, metrics, ensembles."""

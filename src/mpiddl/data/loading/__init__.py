@@ -1,0 +1,1 @@
+"""Reads a rank's samples: loaders, their workers, streams, seeds."""

@@ -1,0 +1,1 @@
+"""Samples and files that travel between ranks, or that a node's ranks share."""

@@ -1,0 +1,1 @@
+"""Which samples a rank has, in which order, and in which global batch."""

@@ -1,0 +1,1 @@
+"""Facts about a node and its ranks, and the known traps in them."""

@@ -1,0 +1,1 @@
+"""How a process came to be a rank, and how it ends."""

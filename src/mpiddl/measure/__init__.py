@@ -1,1 +1,0 @@
-"""What this machine is and what it can do."""

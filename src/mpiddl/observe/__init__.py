@@ -1,0 +1,1 @@
+"""What this process does and did: events, the flight recorder, heartbeats, the watchdog."""

@@ -1,0 +1,1 @@
+"""The optimizer steps, parameter by parameter, while the next forward runs."""
