@@ -15,14 +15,14 @@ import pytest
 RUN = """
     import json, os, sys
     import mpiddl
-    from mpiddl.comm import library
-    from mpiddl.devices import probe_job
+    from mpiddl.launch import library
+    from mpiddl.devices.cuda_aware import trial
 
     world = mpiddl.init()
     if world.rank == 0:
         mpi = library.describe()
         for timeout, mark, *options in json.loads(sys.argv[1]):
-            outcome = probe_job.run_test(
+            outcome = trial.run_test(
                 mpi["library"], mpi["path"], mark, os.environ, timeout, ["--host-memory", *options]
             )
             print(json.dumps(outcome._asdict()))
@@ -40,7 +40,7 @@ def left_behind(mark):
     found = []
     for process in psutil.process_iter(["cmdline"]):
         command = process.info["cmdline"] or []
-        if any("probe_child" in word for word in command) and str(mark) in command:
+        if any("trial_rank" in word for word in command) and str(mark) in command:
             found.append(process)
     return found
 
@@ -94,10 +94,10 @@ def test_without_a_launcher_a_rank_sends_to_itself(start, mark):
 KILLED = """
     import os, sys
     import signal, tempfile, threading
-    from mpiddl.devices import probe_job
+    from mpiddl.devices.cuda_aware import trial
 
     tempfile.tempdir = sys.argv[2]
-    probe_job.GRACE = 1.0
+    trial.GRACE = 1.0
     threading.Timer(4.0, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
 """
 
@@ -116,9 +116,9 @@ def test_it_ends_although_the_parent_was_killed(start, mark, tmp_path):
 VERDICT = """
     import sys
     import mpiddl
-    from mpiddl.devices import probe, probe_facts
+    from mpiddl.devices.cuda_aware import facts, probe
 
-    probe_facts.driver_version = lambda: "580.1"
+    facts.driver_version = lambda: "580.1"
     world = mpiddl.init()
     if world.rank == 0:
         verdict = probe.staging_verdict(

@@ -23,7 +23,7 @@ from mpiddl.checkpoint.folders import checkpoints
 from mpiddl.checkpoint.index import checksum, read_index
 from mpiddl.comm.tuning import Choice
 from mpiddl.errors import CheckpointError
-from mpiddl.observe import activity as progress
+from mpiddl.observe import activity
 
 ROWS = 37
 
@@ -395,11 +395,11 @@ def test_who_waits_for_a_rank_that_works_sees_it_go_on(world, monkeypatch, agree
     def work(tick):
         for _ in range(5 if world.rank == 0 else 0):
             tick()
-        moves.append(progress.moves())
+        moves.append(activity.moves())
         return world.rank
 
     assert together.work_together(work, world) == world.rank
-    moved = progress.moves() - moves[0]
+    moved = activity.moves() - moves[0]
     agree(world.rank == 0 or moved >= 6, f"{moved} signs")
 
 
@@ -412,11 +412,11 @@ def test_writing_and_checking_are_signs_to_those_that_wait(
     for module in (tensors, index):
         monkeypatch.setattr(module, "PIECE_BYTES", 250)
     value = torch.zeros(100_000, dtype=torch.uint8)
-    before = progress.moves()
+    before = activity.moves()
     mpiddl.checkpoint.save(folder, 1, value=value, sharded=sharded)
-    saved = progress.moves() - before
+    saved = activity.moves() - before
     mpiddl.checkpoint.load(folder)
-    loaded = progress.moves() - before - saved
+    loaded = activity.moves() - before - saved
     agree(min(saved, loaded) >= 400, f"{saved} and {loaded} signs")
 
 

@@ -104,7 +104,7 @@ def test_singletons_are_refused(slurm, program):
 FENCES = """
 import time, mpiddl
 from mpi4py import MPI
-from mpiddl.comm import pmix
+from mpiddl.launch import pmix
 calls, fence = [], pmix.fence
 pmix.fence = lambda: calls.append(fence())
 mpiddl.init()

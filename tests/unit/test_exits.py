@@ -11,13 +11,13 @@ import pytest
 GUARDED = """
     from sys import exit as leave
     import contextlib, os, sys
-    from mpiddl.comm import failure
+    from mpiddl.launch import exit as failure
 
     def abort(status):
         os.write(1, f"abort {status}".encode())
         failure.end_process(0)
 
-    failure.install(1, 2, "host", abort)
+    failure.watch_exits(1, 2, "host", abort)
     def main(status):
         return status
     kept = []

@@ -12,13 +12,11 @@ from types import SimpleNamespace
 import pytest
 
 from mpiddl.devices.cuda_aware import cache as probe_cache
-from mpiddl.devices.cuda_aware import facts as probe_facts
-from mpiddl.devices.cuda_aware import job as probe_job
-from mpiddl.devices.cuda_aware import probe
-from mpiddl.devices.cuda_aware.child import SIZES
+from mpiddl.devices.cuda_aware import facts, probe, trial
 from mpiddl.devices.cuda_aware.hints import Evidence, hint
-from mpiddl.devices.cuda_aware.job import Outcome, find_launcher
 from mpiddl.devices.cuda_aware.probe import staging_verdict, verdict_of
+from mpiddl.devices.cuda_aware.trial import Outcome, find_launcher
+from mpiddl.devices.cuda_aware.trial_rank import SIZES
 from mpiddl.launch.launchers import gpu_binding, without_launcher
 
 UCX, UCX_WITH_CUDA = {"version": "1.20.1", "cuda": False}, {"version": "1.22.0", "cuda": True}
@@ -102,7 +100,7 @@ def test_the_user_has_the_last_word():
     ],
 )
 def test_for_how_long_an_answer_counts(tmp_path, monkeypatch, outcome, seconds):
-    monkeypatch.setattr(probe_facts, "driver_version", lambda: "580.1")
+    monkeypatch.setattr(facts, "driver_version", lambda: "580.1")
     monkeypatch.setattr(probe, "run_test", lambda *_: outcome)
     environ = {"XDG_CACHE_HOME": str(tmp_path)}
     hint_only = staging_verdict("auto", "an MPI", None, 0, environ, test=False)
@@ -120,8 +118,8 @@ def test_for_how_long_an_answer_counts(tmp_path, monkeypatch, outcome, seconds):
 
 
 def test_without_a_driver_nothing_is_asked_or_tried(monkeypatch):
-    monkeypatch.setattr(probe_facts, "driver_version", lambda: None)
-    monkeypatch.setattr(probe_facts, "driver_cuda", lambda: None)
+    monkeypatch.setattr(facts, "driver_version", lambda: None)
+    monkeypatch.setattr(facts, "driver_cuda", lambda: None)
     assert staging_verdict("auto", OPEN_MPI, "/nowhere", 0) == (
         "no",
         "no NVIDIA driver on this node",
@@ -236,9 +234,9 @@ def test_a_fingerprint_tells_all_parts_apart(tmp_path, monkeypatch):
     keys = [key(), key(OPEN_MPI), key(UCX_TLS="rc"), key(UCX_TLS="rc,cuda")]
     file.write_text("newer")
     keys.append(key())
-    monkeypatch.setattr(probe_facts, "driver_version", lambda: "580.1")
+    monkeypatch.setattr(facts, "driver_version", lambda: "580.1")
     keys.append(key())
-    monkeypatch.setattr(probe_facts, "cupy_version", lambda: "cupy-cuda13x 14.2.0")
+    monkeypatch.setattr(facts, "cupy_version", lambda: "cupy-cuda13x 14.2.0")
     keys.append(key())
     assert all(a != b for a, b in itertools.combinations(keys, 2))
     assert key() == keys[-1]
@@ -381,7 +379,7 @@ def test_a_launcher_of_another_family_is_not_taken(launcher, tmp_path):
     ],
 )
 def test_how_a_job_ended(code, output, text):
-    assert probe_job._described(code, output) == text
+    assert trial._described(code, output) == text
 
 
 # Facts.
@@ -402,18 +400,18 @@ def test_how_a_job_ended(code, output, text):
     ],
 )
 def test_the_drivers_version(tmp_path, monkeypatch, text, version):
-    monkeypatch.setattr(probe_facts, "_DRIVER", tmp_path / "version")
-    assert probe_facts.driver_version() is None
+    monkeypatch.setattr(facts, "_DRIVER", tmp_path / "version")
+    assert facts.driver_version() is None
     (tmp_path / "version").write_text(text)
-    assert probe_facts.driver_version() == version
+    assert facts.driver_version() == version
 
 
 def test_versions_that_are_numbers():
-    assert [probe_facts._cuda_version(n) for n in (13020, 12040, 11080)] == ["13.2", "12.4", "11.8"]
-    assert [probe_facts._nccl_version(n) for n in (22703, 2804)] == ["2.27.3", "2.8.4"]
+    assert [facts._cuda_version(n) for n in (13020, 12040, 11080)] == ["13.2", "12.4", "11.8"]
+    assert [facts._nccl_version(n) for n in (22703, 2804)] == ["2.27.3", "2.8.4"]
 
 
 def test_libraries_of_this_process():
-    assert probe_facts.mapped_file("libc")
-    assert probe_facts.mapped_file("libnothing") is None
-    assert set(probe_facts.cupy_facts()) == {"version", "cuda", "nccl", "problem"}
+    assert facts.mapped_file("libc")
+    assert facts.mapped_file("libnothing") is None
+    assert set(facts.cupy_facts()) == {"version", "cuda", "nccl", "problem"}

@@ -25,7 +25,7 @@ from mpiddl.engine.engine import engine_of
 from mpiddl.engine.work import Work
 from mpiddl.errors import MismatchError, UnsupportedBufferError
 from mpiddl.gradients.agreement import odd_ones, who_has_what
-from mpiddl.observe import activity as progress
+from mpiddl.observe import activity
 
 __all__ = [
     "TensorOrArray",
@@ -63,7 +63,7 @@ def new_channel(world: World, lanes: Foreground | None = None) -> Channel:
         NestedCallError: The caller is itself part of a collective. It has no tag, and no place in
             a lane's queue, which nobody would leave.
     """
-    progress.refuse_nested()
+    activity.refuse_nested()
     tag = world.tags.foreground()
     works = _async_works.get(world)
     earlier = works.get(tag) if works else None

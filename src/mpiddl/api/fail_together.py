@@ -9,7 +9,7 @@ from typing import ParamSpec, TypeVar, cast
 from mpiddl.api.calls import gather_json
 from mpiddl.comm.world import World, current_world
 from mpiddl.errors import CheckpointError, DataError
-from mpiddl.observe import activity as progress
+from mpiddl.observe import activity
 
 __all__ = ["Tick", "everywhere", "raise_together", "work_together"]
 
@@ -125,7 +125,7 @@ def _meet(through: bool, problem: str | None, world: World) -> list[list[object]
     """What every rank says of its work. Those that still work come here as often as those that
     are through, since each meeting takes all of them."""
     found = gather_json([through, problem, world.hostname], world=world)
-    progress.moved()
+    activity.moved()
     return cast("list[list[object]]", found)
 
 

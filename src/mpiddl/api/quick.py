@@ -1,8 +1,9 @@
 """The short way for blocking all-reduces on one node.
 
 The same turns in the same lane as ``collectives/node/shared.py``, so other ranks may take either
-way; but what is known from the call before is not worked out again, and where nobody is late, buffers
-that are small or in windows need neither a generator nor a queue: these cost more than to add.
+way; but what is known from the call before is not worked out again, and where nobody is late,
+buffers that are small or in windows need neither a generator nor a queue: these cost more than to
+add.
 """
 
 from __future__ import annotations

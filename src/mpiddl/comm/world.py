@@ -16,14 +16,14 @@ from mpiddl.comm.layout import exchange, find_layout
 from mpiddl.comm.messages import Messages, Tags
 from mpiddl.comm.native import Native
 from mpiddl.comm.peer_memory import find_reach
+from mpiddl.comm.reporting import begin_reporting
 from mpiddl.comm.tuning import Choice, read_choices
 from mpiddl.comm.windows import Windows
 from mpiddl.errors import LaunchError, NotInitializedError, SettingsError
-from mpiddl.launch import exit as failure
 from mpiddl.launch import launchers, library, offers, pmix
+from mpiddl.launch.exit import watch_exits
 from mpiddl.launch.processes import refuse_child_process
 from mpiddl.launch.threads import share_cores
-from mpiddl.observe import flight_recorder as flight
 from mpiddl.observe.activity import waiting
 
 if TYPE_CHECKING:
@@ -258,7 +258,7 @@ def init(comm: MPI.Comm | None = None, *, device: str | torch.device | None = No
     place = gpus.choose_device(device, launch.local_rank)
     MPI = library.load(launch)
     everyone = MPI.COMM_WORLD
-    failure.install(everyone.Get_rank(), everyone.Get_size(), socket.gethostname(), everyone.Abort)
+    watch_exits(everyone.Get_rank(), everyone.Get_size(), socket.gethostname(), everyone.Abort)
     name_rank(everyone.Get_rank())
     name = library.library_name(MPI.Get_library_version())
     launchers.refuse_singleton(launch, everyone.Get_size(), name)
@@ -275,7 +275,7 @@ def init(comm: MPI.Comm | None = None, *, device: str | torch.device | None = No
             launch.local_rank,
             world.local_rank,
         )
-    flight.begin(world, world._comm)
+    begin_reporting(world, world._comm)
     share_cores(world.layout.cores, world.layout.sharers)
     if settings.offer_rank:
         offers.offer(world.rank, world.size, world.local_rank)

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from mpiddl.comm.world import World
-from mpiddl.devices.cuda_aware import facts as probe_facts
+from mpiddl.devices.cuda_aware import facts
 from mpiddl.launch.launchers import gpu_binding
 
 __all__ = ["describe_device", "gpu_facts"]
@@ -22,16 +22,16 @@ def gpu_facts(world: World | None) -> dict[str, Any]:
     """
     import torch
 
-    driver, driver_cuda = probe_facts.driver_version(), probe_facts.driver_cuda()
+    driver, driver_cuda = facts.driver_version(), facts.driver_cuda()
     count = torch.cuda.device_count()
     # It takes a second to import, and no GPU needs it.
-    cupy = probe_facts.cupy_facts() if driver or driver_cuda else {}
+    cupy = facts.cupy_facts() if driver or driver_cuda else {}
     return {
         "driver": driver,
         "driver_cuda": driver_cuda,
         "torch_cuda": torch.version.cuda,
         "torch_nccl": _torch_nccl() if count else None,
-        "cupy": probe_facts.cupy_version(),
+        "cupy": facts.cupy_version(),
         "cupy_cuda": cupy.get("cuda"),
         "cupy_nccl": cupy.get("nccl"),
         "cupy_problem": cupy.get("problem"),

@@ -21,8 +21,7 @@ from mpiddl.devices.base import Device
 from mpiddl.devices.host import HOST
 from mpiddl.engine.work import Label, Work, keep_while_working
 from mpiddl.errors import NotInitializedError
-from mpiddl.observe import activity as progress
-from mpiddl.observe import watchdog
+from mpiddl.observe import activity, watchdog
 
 __all__ = ["PATIENCE", "Engine", "engine_of", "may_thread"]
 
@@ -151,7 +150,7 @@ class Engine:
                 raise
             finally:
                 self.leave()
-        progress.refuse_nested()
+        activity.refuse_nested()
         work = Work(self, waits, world, wait=wait, device=device)
         self._submitted.append(work)
         return work.wait()
@@ -160,12 +159,12 @@ class Engine:
         """Keep the engine to the caller if nothing is in flight; then ``leave`` must follow."""
         if self._submitted or self._in_flight or not self._lock.acquire(blocking=False):
             return False
-        progress.begin_driving()
+        activity.begin_driving()
         return True
 
     def leave(self) -> None:
         """End what ``enter`` began."""
-        progress.end_driving()
+        activity.end_driving()
         self._lock.release()
 
     @property
@@ -191,7 +190,7 @@ class Engine:
         pause = Pause(self._crowded)
         self._drivers.append(None)
         try:
-            with progress.waiting():
+            with activity.waiting():
                 while not (all(work.complete for work in works) or enough()):
                     with self._lock:  # for one round: other threads wait for works of theirs
                         moved = self._round()
@@ -233,7 +232,7 @@ class Engine:
         self._collect()
         place = gone = 0
         moved = True  # also after an exception: its work is over
-        progress.begin_driving()
+        activity.begin_driving()
         try:
             while place < len(self._in_flight):
                 turns = self._in_flight[place].advance(TURNS)
@@ -244,12 +243,12 @@ class Engine:
                     place = 0
             moved = gone > 0
         finally:
-            progress.end_driving()
+            activity.end_driving()
             if moved:
                 self._in_flight = [work for work in self._in_flight if not work.complete]
             self._polled = time.perf_counter()
         if moved:
-            progress.moved()
+            activity.moved()
         return moved
 
     def _start_thread(self) -> None:
@@ -316,7 +315,7 @@ def engine_of(world: World) -> Engine:
             torch_threads=world.settings.engine_threads,
             gpu=world.device.index if world.on_gpu else None,
         )
-        watchdog.start(world)
+        watchdog.start()
         atexit.register(_engine.stop)  # before MPI's own finalizer
     world.at_close(_engine.abandon)
     return _engine

@@ -25,7 +25,7 @@ from typing import NoReturn
 
 from mpiddl.base.log import logger
 
-__all__ = ["LeaveTogether", "at_clean_exit", "end_process", "install", "say_last"]
+__all__ = ["LeaveTogether", "at_clean_exit", "end_process", "say_last", "watch_exits"]
 
 LAST_WORDS_SECONDS = 0.2
 GRACE_SECONDS = 2.0
@@ -169,7 +169,7 @@ def _outermost(frame: FrameType) -> FrameType:
     return frame
 
 
-def install(rank: int, size: int, hostname: str, abort: Callable[[int], None]) -> None:
+def watch_exits(rank: int, size: int, hostname: str, abort: Callable[[int], None]) -> None:
     """Watch all ways out of this process; once, however often called.
 
     Args:

@@ -9,83 +9,71 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-import secrets
 import shutil
 import stat
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mpiddl.base.log import logger
-from mpiddl.comm.clocks import offsets_of_nodes
-from mpiddl.comm.layout import exchange
 from mpiddl.errors import NotInitializedError, RecordingError
-from mpiddl.launch import exit as failure
-from mpiddl.launch import library
+from mpiddl.launch.exit import at_clean_exit, say_last
 from mpiddl.observe.event_files import TRACE_EVENTS, EventFile, in_use
 from mpiddl.observe.events import recorder
-from mpiddl.observe.heartbeats import Heartbeats, process_name
+from mpiddl.observe.heartbeats import Heartbeats
+from mpiddl.observe.job import Job
 
-if TYPE_CHECKING:
-    from mpi4py import MPI
-
-    from mpiddl.comm.world import World
-
-__all__ = ["begin", "heartbeats", "hint", "hosts", "trace_into"]
+__all__ = ["begin", "current_job", "heartbeats", "hint", "trace_into"]
 
 KEPT_SECONDS = 3 * 24 * 3600
 """How long what a failed job has left is kept."""
 
-_home: World | None = None  # of mpiddl.init(): its ranks name the files
+_job: Job | None = None
 _file: EventFile | None = None
 _heartbeats: Heartbeats | None = None
-_hosts: list[str] = []
 _told = False
 
 
-def begin(world: World, comm: MPI.Comm) -> None:
-    """Keep this rank's events in a file from now on. Collective over ``comm``, the world's own."""
-    global _heartbeats, _home, _hosts, _told
-    _home = world
-    _hosts = exchange(comm, world.hostname)
-    job = exchange(comm, _new_name())[0]
-    offsets = exchange(comm, offsets_of_nodes(world.messages, world.layout, world.rank))
-    offset, error = offsets[world.layout.nodes[world.node_rank][0]]
-    if world.size > 1:
-        names = exchange(comm, process_name())
-        processes = [names[rank] for rank in world.layout.nodes[world.node_rank]]
-        _heartbeats = Heartbeats.among(world.windows, world.layout.place, processes)
+def begin(job: Job, heartbeats: Heartbeats | None) -> None:
+    """Keep this rank's events in a file from now on.
+
+    Args:
+        job: Facts about the ranks.
+        heartbeats: The signs of life of this node's ranks; None without shared memory.
+    """
+    global _heartbeats, _job, _told
+    _job, _heartbeats = job, heartbeats
+    offset, error = job.clock
     recorder.describe(
-        job=job,
-        rank=world.rank,
-        size=world.size,
-        host=world.hostname,
+        job=job.name,
+        rank=job.rank,
+        size=job.size,
+        host=job.host,
         pid=os.getpid(),
-        node_rank=world.node_rank,
-        versions=_versions(),
+        node_rank=job.node_rank,
+        versions=_versions(job.mpi),
         clock={"offset": offset, "error": error},
         started={"monotonic": time.monotonic_ns(), "since_1970": time.time_ns()},
     )
-    if world.settings.trace:
-        trace_into(Path(world.settings.trace))
+    if job.trace:
+        trace_into(Path(job.trace))
     elif not recorder.tracing:
-        _keep_last_events(job, world)
+        _keep_last_events(job)
     if not _told:
-        failure.say_last(hint)
-        failure.at_clean_exit(_leave)
+        say_last(hint)
+        at_clean_exit(_leave)
         _told = True
 
 
 def heartbeats() -> Heartbeats | None:
-    """Of the ranks of this node; None for a single rank, or without shared memory."""
+    """The signs of life of this node's ranks; None for a single rank, or without shared memory."""
     return _heartbeats
 
 
-def hosts() -> list[str]:
-    """Each rank's, by name."""
-    return _hosts
+def current_job() -> Job | None:
+    """Facts about the ranks; None before ``mpiddl.init()``."""
+    return _job
 
 
 def hint() -> str:
@@ -103,8 +91,8 @@ def trace_into(folder: Path) -> None:
         RecordingError: The folder cannot be written.
         ValueError: This rank is tracing into another folder.
     """
-    world = _home
-    if world is None:
+    job = _job
+    if job is None:
         raise NotInitializedError("call mpiddl.init() first, on every rank")
     folder = folder.absolute()
     if recorder.tracing and _file is not None:
@@ -113,14 +101,14 @@ def trace_into(folder: Path) -> None:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if world.local_rank == 0:
+        if job.local_rank == 0:
             for path in folder.glob("rank-*.events"):
-                if int(path.stem.removeprefix("rank-")) >= world.size:
+                if int(path.stem.removeprefix("rank-")) >= job.size:
                     path.unlink(missing_ok=True)
-        file = EventFile(folder / f"rank-{world.rank}.events", TRACE_EVENTS)
+        file = EventFile(folder / f"rank-{job.rank}.events", TRACE_EVENTS)
     except (OSError, ValueError) as error:
         raise RecordingError(
-            f"rank {world.rank} on {world.hostname}: no trace can be written into {folder}: {error}"
+            f"rank {job.rank} on {job.host}: no trace can be written into {folder}: {error}"
         ) from None
     _replace(file)
     recorder.tracing = True
@@ -149,23 +137,17 @@ def _leave() -> None:
     _remove()
 
 
-def _keep_last_events(job: str, world: World) -> None:
+def _keep_last_events(job: Job) -> None:
     try:
         parent = _own_folder()
-        if world.local_rank == 0:
+        if job.local_rank == 0:
             _clean_up(parent)
-        folder = parent / job
+        folder = parent / job.name
         folder.mkdir(exist_ok=True)
-        _replace(EventFile(folder / f"rank-{world.rank}.events"))
+        _replace(EventFile(folder / f"rank-{job.rank}.events"))
     except OSError as error:
-        if world.local_rank == 0:
+        if job.local_rank == 0:
             logger.warning("events are kept in memory only and lost with a killed rank: %s", error)
-
-
-def _new_name() -> str:
-    """A job's: when, where, and something nobody else has."""
-    host = platform.node().split(".")[0]
-    return f"{time.strftime('%Y%m%d-%H%M%S')}-{host}-{os.getpid()}-{secrets.token_hex(2)}"
 
 
 def _own_folder() -> Path:
@@ -187,10 +169,10 @@ def _clean_up(parent: Path) -> None:
                 shutil.rmtree(folder)
 
 
-def _versions() -> dict[str, str | None]:
+def _versions(mpi: str) -> dict[str, str | None]:
     loaded = {name: sys.modules.get(name) for name in ("mpiddl", "torch")}
     return {
         **{name: getattr(module, "__version__", None) for name, module in loaded.items()},
         "python": platform.python_version(),
-        "mpi": library.describe()["library"],
+        "mpi": mpi,
     }

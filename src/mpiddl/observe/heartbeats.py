@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import mmap
 import os
 import struct
 import time
@@ -11,8 +12,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import psutil
-
-from mpiddl.comm.windows import Window, Windows
 
 __all__ = ["Beat", "Heartbeats", "State", "process_name"]
 
@@ -52,26 +51,21 @@ class Heartbeats:
     """A place for each rank of a node, which it writes and all read.
 
     Args:
-        window: Its parts hold ``Heartbeats.NBYTES``.
+        memory: Memory that the ranks of the node share; zero at first.
+        part_bytes: Each rank's part of it, at least ``Heartbeats.NBYTES``.
         own: The place of this rank.
         processes: What each rank of the node said with ``process_name()``.
     """
 
     NBYTES = 4096
 
-    def __init__(self, window: Window, own: int, processes: Sequence[tuple[int, int]]) -> None:
-        self._memory = memoryview(window.memory)
-        self._starts = [rank * window.part_bytes for rank in range(len(processes))]
+    def __init__(
+        self, memory: mmap.mmap, part_bytes: int, own: int, processes: Sequence[tuple[int, int]]
+    ) -> None:
+        self._memory = memoryview(memory)
+        self._starts = [rank * part_bytes for rank in range(len(processes))]
         self._own = self._starts[own]
         self._processes = [_process(*name) for name in processes]
-
-    @classmethod
-    def among(
-        cls, windows: Windows, own: int, processes: Sequence[tuple[int, int]]
-    ) -> Heartbeats | None:
-        """Of the ranks of this node; None without shared memory. Collective over the world."""
-        window = windows.allocate(cls.NBYTES)
-        return None if window is None else cls(window, own, processes)
 
     def is_gone(self, place: int) -> bool:
         """Whether the process of that rank of the node is known to have ended."""

@@ -18,13 +18,12 @@ import weakref
 from collections.abc import Callable
 
 from mpiddl.base.units import format_seconds
-from mpiddl.comm.world import World, current_world, is_running
-from mpiddl.launch import exit as failure
-from mpiddl.observe import activity as progress
-from mpiddl.observe import flight_recorder as flight
+from mpiddl.launch.exit import end_process
+from mpiddl.observe import activity, flight_recorder
 from mpiddl.observe import watchdog_report as report
 from mpiddl.observe.events import Kind, recorder
 from mpiddl.observe.heartbeats import Beat, State
+from mpiddl.observe.job import Job
 
 __all__ = ["Watchdog", "start", "watch"]
 
@@ -45,13 +44,13 @@ class Watchdog:
     long evaluation on all ranks, is no reason.
 
     Args:
-        world: Whose ranks are named.
+        job: The ranks that reports name.
         timeout: Seconds; three times as many until the first backward is complete; infinite where
             only lost ranks matter.
     """
 
-    def __init__(self, world: World, timeout: float) -> None:
-        self._world = world
+    def __init__(self, job: Job, timeout: float) -> None:
+        self._job = job
         self._timeout = timeout
         self._tick = min(1.0, timeout / 10)
         self._stuck = 0.0  # seconds in which this rank waited and nothing moved
@@ -75,24 +74,23 @@ class Watchdog:
     def look(self) -> None:
         """Once: count, tell the others, act if it is time."""
         self._count()
-        state = State.WAITS if progress.is_waiting() else State.RUNS
+        state = State.WAITS if activity.is_waiting() else State.RUNS
         self._tell(state, report.summary(_describers()))  # may be the last: ranks can be stopped
         beats = self._beats()
         lost = self._lost(beats)
         if lost:
-            ranks = self._world.layout.nodes[self._world.node_rank]
-            who = ", ".join(f"rank {ranks[place]}" for place in lost)
+            who = ", ".join(f"rank {self._job.neighbours[place]}" for place in lost)
             self._end_job(f"misses {who}: its process is gone (killed, or ended by a library)")
         elif self._waits_in_vain(beats):
             self._end_job("waits, as all do that are left: nobody can come any more")
         elif self._stuck >= self._limit():
             self._end_job(f"{self._waited()} ({self._setting()})")
         elif any(beat.state is State.GAVE_UP for beat in beats):
-            self._end_job(self._waited() if progress.is_waiting() else "is waited for")
+            self._end_job(self._waited() if activity.is_waiting() else "is waited for")
 
     def _lost(self, beats: list[Beat]) -> list[int]:
         """Ranks of this node, by place, that have gone without a farewell."""
-        heartbeats = flight.heartbeats()
+        heartbeats = flight_recorder.heartbeats()
         if heartbeats is None:
             return []
         quiet_since = time.monotonic_ns() - int(2e9 * self._tick)
@@ -104,16 +102,16 @@ class Watchdog:
 
     def _waits_in_vain(self, beats: list[Beat]) -> bool:
         """Whether the ranks that are left all wait, for long, and all are on this node."""
-        if self._world.num_nodes > 1 or self._stuck < VAIN_SECONDS:
+        if len(self._job.nodes) > 1 or self._stuck < VAIN_SECONDS:
             return False
         left = [beat for beat in beats if beat.state is not State.LEFT]
         return len(left) < len(beats) and all(beat.stuck >= VAIN_SECONDS * 1e9 for beat in left)
 
     def _count(self) -> None:
-        now, signs = time.monotonic(), (progress.moves(), recorder.count)
+        now, signs = time.monotonic(), (activity.moves(), recorder.count)
         # After a suspension the clock has jumped, but nobody had time to move.
         passed = min(now - self._looked, 2 * self._tick)
-        idle = progress.is_waiting() and signs == self._signs
+        idle = activity.is_waiting() and signs == self._signs
         self._stuck = self._stuck + passed if idle else 0.0
         self._looked, self._signs = now, signs
 
@@ -122,12 +120,12 @@ class Watchdog:
         return self._timeout * (1 if stepped else FIRST_STEP_FACTOR)
 
     def _tell(self, state: State, words: str) -> None:
-        heartbeats = flight.heartbeats()
+        heartbeats = flight_recorder.heartbeats()
         if heartbeats is not None:
             heartbeats.write(state, int(self._stuck * 1e9), words)
 
     def _beats(self) -> list[Beat]:
-        heartbeats = flight.heartbeats()
+        heartbeats = flight_recorder.heartbeats()
         return [] if heartbeats is None else heartbeats.read()
 
     def _waited(self) -> str:
@@ -141,17 +139,17 @@ class Watchdog:
 
     def _end_job(self, why: str) -> None:
         """Report, let others report, leave. MPI is not asked: it may never answer."""
-        world = self._world
-        who = f"rank {world.rank} of {world.size} on {world.hostname}"
+        job = self._job
+        who = f"rank {job.rank} of {job.size} on {job.host}"
         text = [f"mpiddl: {who} {why}; ending the job"]
         beats = self._beats()
         lost = self._lost(beats)
-        text += report.lines(world, beats, lost, _describers(), 5 * self._tick)
-        text += [flight.hint()]
+        text += report.lines(job, beats, lost, _describers(), 5 * self._tick)
+        text += [flight_recorder.hint()]
         self._tell(State.GAVE_UP, report.summary(_describers()))
         _say("\n  ".join(text) + "\n")
         self._wait_for_others()
-        failure.end_process(STATUS)
+        end_process(STATUS)
 
     def _wait_for_others(self) -> None:
         until = time.monotonic() + min(GRACE_SECONDS, max(1.0, self._timeout))
@@ -167,7 +165,7 @@ class Watchdog:
             beat.state >= State.GAVE_UP or beat.at < alive_since or place in lost
             for place, beat in enumerate(beats)
         )
-        return on_this_node and self._world.num_nodes == 1
+        return on_this_node and len(self._job.nodes) == 1
 
 
 def _say(text: str) -> None:
@@ -201,11 +199,10 @@ def _describers() -> list[Callable[[], str]]:
         return [describe for reference in _watched if (describe := reference()) is not None]
 
 
-def start(world: World) -> None:
-    """Watch over this process from now on; once, however often called."""
+def start() -> None:
+    """Watch over this rank of the current job from now on; once, however often called."""
     global _watchdog
-    if is_running():
-        world = current_world()  # and not a part of it
-    if _watchdog is None and world.size > 1:
-        _watchdog = Watchdog(world, world.settings.timeout or math.inf)
+    job = flight_recorder.current_job()
+    if _watchdog is None and job is not None and job.size > 1:
+        _watchdog = Watchdog(job, job.timeout or math.inf)
         atexit.register(_watchdog.stop)

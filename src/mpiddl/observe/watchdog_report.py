@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mpiddl.base.units import format_seconds
-from mpiddl.comm.world import World
-from mpiddl.observe import flight_recorder as flight
 from mpiddl.observe.event_words import in_words
 from mpiddl.observe.events import recorder
 from mpiddl.observe.heartbeats import Beat, State
+from mpiddl.observe.job import Job
 
 __all__ = ["described", "lines", "summary"]
 
@@ -49,7 +48,7 @@ def described(describers: Describers) -> str:
 
 
 def lines(
-    world: World,
+    job: Job,
     beats: Sequence[Beat],
     lost: Sequence[int],
     describers: Describers,
@@ -58,9 +57,9 @@ def lines(
     """The report of this rank, after its first line.
 
     Args:
-        world: Whose ranks are named.
-        beats: Of the ranks of this node.
-        lost: Places of those whose processes are gone.
+        job: The ranks that the report names.
+        beats: The last sign of life of each rank of this node.
+        lost: The places, in ``beats``, of ranks whose processes are gone.
         describers: Say what this rank's models do.
         alive_seconds: A rank that has been silent for longer may be stopped or dead.
     """
@@ -68,17 +67,17 @@ def lines(
     text += ["its main thread is at:"]
     frames = list(islice(_main_frames(), MOST_FRAMES))
     text += [f"  {_with_source(frame)}" for frame in reversed(frames)]
-    ranks = world.layout.nodes[world.node_rank]
+    ranks = job.neighbours
     if len(beats) == len(ranks):
-        others = [pair for pair in zip(ranks, beats, strict=True) if pair[0] != world.rank]
+        others = [pair for pair in zip(ranks, beats, strict=True) if pair[0] != job.rank]
         waiting = [pair for pair in others if pair[1].stuck and _silence(pair[1]) < alive_seconds]
         shown = [pair for pair in others if pair not in waiting[MOST_WAITING:]]
         gone = {ranks[place] for place in lost}
         text += [_of(rank, beat, alive_seconds, rank in gone) for rank, beat in shown]
         if len(shown) < len(others):
             text += [f"{len(others) - len(shown)} more ranks of this node wait too"]
-    if world.num_nodes > 1:
-        far = [f"{rank} on {host}" for rank, host in enumerate(flight.hosts()) if rank not in ranks]
+    if len(job.nodes) > 1:
+        far = [f"{rank} on {host}" for rank, host in enumerate(job.hosts) if rank not in ranks]
         more = f" and {len(far) - MOST_FAR} more" if len(far) > MOST_FAR else ""
         who = f"rank {', '.join(far[:MOST_FAR])}{more}"
         text += [f"not seen from here: {who}; a rank that reports nothing itself is late"]

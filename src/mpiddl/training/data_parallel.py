@@ -13,7 +13,7 @@ import torch
 from mpiddl.base.compiled_names import in_names_of
 from mpiddl.comm.world import World, current_world
 from mpiddl.gradients.plan import BucketPlan
-from mpiddl.observe import flight_recorder as flight
+from mpiddl.observe import flight_recorder
 from mpiddl.observe.events import Kind
 from mpiddl.observe.spans import span
 from mpiddl.training.comm_hooks import CommHook, hook_for_buckets
@@ -102,7 +102,7 @@ class DataParallel(torch.nn.Module):
     ) -> None:
         super().__init__()
         if trace is not None:
-            flight.trace_into(Path(trace))
+            flight_recorder.trace_into(Path(trace))
         self.module = module
         self._world: World | None = world or current_world()
         self._options = options_from(

@@ -32,7 +32,7 @@ class Evidence(NamedTuple):
         library: The MPI library's name and version.
         handle: The library itself, for its queries; None if its file was not found.
         environ: This process's environment.
-        ucx: As ``probe_facts.ucx_facts`` has it.
+        ucx: As ``facts.ucx_facts`` has it.
         gtl: Whether Cray's libmpi_gtl_cuda is loaded.
     """
 

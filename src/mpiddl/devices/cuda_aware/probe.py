@@ -16,9 +16,9 @@ from typing import Any
 from mpiddl.base.log import logger
 from mpiddl.base.units import format_bytes
 from mpiddl.devices.cuda_aware import cache as probe_cache
-from mpiddl.devices.cuda_aware import facts as probe_facts
+from mpiddl.devices.cuda_aware import facts
 from mpiddl.devices.cuda_aware.hints import CudaAwareness, Evidence, hint
-from mpiddl.devices.cuda_aware.job import Outcome, run_test
+from mpiddl.devices.cuda_aware.trial import Outcome, run_test
 
 __all__ = ["CudaAwareness", "cuda_awareness", "staging_verdict", "verdict_of"]
 
@@ -95,14 +95,14 @@ def verdict_of(outcome: Outcome) -> CudaAwareness:
 
 def _circumstances(library: str, path: str | None, environ: Mapping[str, str]) -> dict[str, object]:
     """All that a test's answer depends on."""
-    files = [path, probe_facts.mapped_file("libucp"), probe_facts.mapped_file("libfabric")]
+    files = [path, facts.mapped_file("libucp"), facts.mapped_file("libfabric")]
     return {
         "hostname": platform.node(),
         "library": library,
         "files": [_identity(file) for file in files],
         "settings": probe_cache.settings_of(environ),
-        "driver": probe_facts.driver_version() or probe_facts.driver_cuda(),
-        "cupy": probe_facts.cupy_version(),
+        "driver": facts.driver_version() or facts.driver_cuda(),
+        "cupy": facts.cupy_version(),
     }
 
 
@@ -127,10 +127,10 @@ def cuda_awareness(
         path: Its file, as mapped into this process.
         environ: For the switches of Open MPI, Cray MPICH, MVAPICH and Intel MPI.
     """
-    if probe_facts.driver_version() is None and probe_facts.driver_cuda() is None:
+    if facts.driver_version() is None and facts.driver_cuda() is None:
         return CudaAwareness("no", "no NVIDIA driver on this node")
-    gtl = probe_facts.mapped_file("libmpi_gtl_cuda") is not None
-    return hint(Evidence(library, _load(path), environ, probe_facts.ucx_facts(), gtl))
+    gtl = facts.mapped_file("libmpi_gtl_cuda") is not None
+    return hint(Evidence(library, _load(path), environ, facts.ucx_facts(), gtl))
 
 
 def _load(path: str | None) -> ctypes.CDLL | None:

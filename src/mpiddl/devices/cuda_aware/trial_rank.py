@@ -1,4 +1,4 @@
-"""One rank of the test whether an MPI library reads GPU memory; ``probe_job`` starts it.
+"""One rank of the test whether an MPI library reads GPU memory; ``trial`` starts it.
 
 A program of its own, for a library that cannot does not say so: it crashes, or hangs. Rank 0 writes
 one line per size that arrived; what is not written did not. The lines go to a file: launchers lose

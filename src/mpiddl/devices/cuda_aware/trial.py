@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import psutil
 
-from mpiddl.devices.cuda_aware.child import SIZES
+from mpiddl.devices.cuda_aware.trial_rank import SIZES
 from mpiddl.launch.launchers import without_launcher
 
 __all__ = ["Outcome", "find_launcher", "run_test"]
@@ -30,7 +30,7 @@ GRACE = 5.0
 """Seconds that a launcher gets to end its ranks and to remove its files."""
 
 _ENDING = (signal.SIGKILL, signal.SIGTERM)
-_MODULE = "mpiddl.devices.cuda_aware.child"
+_MODULE = "mpiddl.devices.cuda_aware.trial_rank"
 
 
 class Outcome(NamedTuple):
@@ -67,11 +67,11 @@ def run_test(
         device: The GPU, as CUDA counts.
         environ: This process's; what its launcher put there is left out.
         timeout: Seconds, for all.
-        options: More arguments of ``probe_child``.
+        options: More arguments of ``trial_rank``.
     """
     end = monotonic() + timeout
     clean = without_launcher(environ)
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     if root.name not in ("site-packages", "dist-packages"):  # the child may not find it by itself
         clean["PYTHONPATH"] = os.pathsep.join(filter(None, (clean.get("PYTHONPATH"), str(root))))
     child = [sys.executable, "-m", _MODULE, "--device", str(device), *options]
