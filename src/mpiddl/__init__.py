@@ -10,26 +10,27 @@ Names are loaded when they are first used: importing mpiddl starts no MPI and no
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mpiddl.base.lazy import lazy_names
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from mpiddl import checkpoint as checkpoint
     from mpiddl import data as data
-    from mpiddl.api.calls import all_reduce as all_reduce
-    from mpiddl.api.calls import barrier as barrier
-    from mpiddl.api.calls import broadcast as broadcast
-    from mpiddl.api.calls import broadcast_json as broadcast_json
-    from mpiddl.api.calls import gather_json as gather_json
+    from mpiddl.api.all_gather import all_gather as all_gather
+    from mpiddl.api.all_reduce import all_reduce as all_reduce
+    from mpiddl.api.all_to_all import all_to_all as all_to_all
+    from mpiddl.api.barrier import barrier as barrier
+    from mpiddl.api.broadcast import broadcast as broadcast
     from mpiddl.api.empty import empty as empty
-    from mpiddl.api.exchange import all_gather as all_gather
-    from mpiddl.api.exchange import all_to_all as all_to_all
-    from mpiddl.api.reductions import reduce as reduce
-    from mpiddl.api.reductions import reduce_scatter as reduce_scatter
-    from mpiddl.api.rooted import gather as gather
-    from mpiddl.api.rooted import scatter as scatter
+    from mpiddl.api.gather import gather as gather
+    from mpiddl.api.objects import broadcast_json as broadcast_json
+    from mpiddl.api.objects import gather_json as gather_json
+    from mpiddl.api.reduce import reduce as reduce
+    from mpiddl.api.reduce_scatter import reduce_scatter as reduce_scatter
+    from mpiddl.api.scatter import scatter as scatter
     from mpiddl.api.send_recv import recv as recv
     from mpiddl.api.send_recv import send as send
     from mpiddl.comm.world import World as World
@@ -57,25 +58,25 @@ _HOMES = {
     "SyncBatchNorm": "mpiddl.training.sync_batch_norm",
     "Work": "mpiddl.engine.work",
     "World": "mpiddl.comm.world",
-    "all_gather": "mpiddl.api.exchange",
-    "all_reduce": "mpiddl.api.calls",
-    "all_to_all": "mpiddl.api.exchange",
-    "barrier": "mpiddl.api.calls",
-    "broadcast": "mpiddl.api.calls",
-    "broadcast_json": "mpiddl.api.calls",
+    "all_gather": "mpiddl.api.all_gather",
+    "all_reduce": "mpiddl.api.all_reduce",
+    "all_to_all": "mpiddl.api.all_to_all",
+    "barrier": "mpiddl.api.barrier",
+    "broadcast": "mpiddl.api.broadcast",
+    "broadcast_json": "mpiddl.api.objects",
     "checkpoint": "mpiddl.checkpoint",
     "clip_grad_norm_": "mpiddl.training.clipping",
     "data": "mpiddl.data",
     "empty": "mpiddl.api.empty",
-    "gather": "mpiddl.api.rooted",
-    "gather_json": "mpiddl.api.calls",
+    "gather": "mpiddl.api.gather",
+    "gather_json": "mpiddl.api.objects",
     "init": "mpiddl.comm.world",
     "join": "mpiddl.training.join.join",
     "recv": "mpiddl.api.send_recv",
-    "reduce": "mpiddl.api.reductions",
-    "reduce_scatter": "mpiddl.api.reductions",
+    "reduce": "mpiddl.api.reduce",
+    "reduce_scatter": "mpiddl.api.reduce_scatter",
     "replicas": "mpiddl.training.replicas",
-    "scatter": "mpiddl.api.rooted",
+    "scatter": "mpiddl.api.scatter",
     "seed": "mpiddl.data.loading.seeds",
     "send": "mpiddl.api.send_recv",
 }
@@ -113,14 +114,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'mpiddl' has no attribute {name!r}")
-    home = importlib.import_module(_HOMES[name])
-    value = getattr(home, name, home)  # `replicas` is a module
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -7,8 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from mpiddl.api import call as arguments
-from mpiddl.api import calls
+from mpiddl.api import all_reduce, call
 from mpiddl.engine.engine import Engine
 
 
@@ -53,6 +52,6 @@ def delayed(world, seed):
     """The public calls go through a ``LateEngine``; no short ways."""
     engine = LateEngine(seed, world.rank)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arguments, "engine_of", lambda world: engine)
-        patch.setattr(calls, "quick_of", lambda world: None)
+        patch.setattr(call, "engine_of", lambda world: engine)
+        patch.setattr(all_reduce, "short_way_of", lambda world: None)
         yield engine

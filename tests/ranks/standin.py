@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from mpiddl.api import calls
+from mpiddl.api import all_reduce
 from mpiddl.devices.cuda.device import CudaDevice
 from mpiddl.devices.host import HostDevice
 from mpiddl.devices.registry import device_at, register
@@ -39,12 +39,13 @@ def in_place_of_the_host(world, staging=None):
     staging = staging or world.settings.staging
     device = CudaDevice(runtime, lambda world: staging != "host")
     before = device_at(place)  # the host, or another stand-in
-    quick_of, calls.quick_of = calls.quick_of, lambda world: None  # the host's short way
+    short_way_of = all_reduce.short_way_of
+    all_reduce.short_way_of = lambda world: None  # the host's
     try:
         yield register(place, device)
     finally:
         register(place, before)
-        calls.quick_of = quick_of
+        all_reduce.short_way_of = short_way_of
         runtime.end()
 
 

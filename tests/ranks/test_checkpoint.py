@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.functional import mse_loss
 
 import mpiddl
-from mpiddl.api import fail_together as together
+from mpiddl.api import fail_together
 from mpiddl.checkpoint import index, tensors
 from mpiddl.checkpoint.folders import checkpoints
 from mpiddl.checkpoint.index import checksum, read_index
@@ -389,7 +389,7 @@ def test_a_full_disk_for_what_is_a_ranks_own(world, folder, agree):
 
 def test_who_waits_for_a_rank_that_works_sees_it_go_on(world, monkeypatch, agree):
     """Each piece of rank 0's work is a sign for the watchdogs of the others."""
-    monkeypatch.setattr(together, "SIGN_SECONDS", 0.0)
+    monkeypatch.setattr(fail_together, "SIGN_SECONDS", 0.0)
     moves = []
 
     def work(tick):
@@ -398,7 +398,7 @@ def test_who_waits_for_a_rank_that_works_sees_it_go_on(world, monkeypatch, agree
         moves.append(activity.moves())
         return world.rank
 
-    assert together.work_together(work, world) == world.rank
+    assert fail_together.work_together(work, world) == world.rank
     moved = activity.moves() - moves[0]
     agree(world.rank == 0 or moved >= 6, f"{moved} signs")
 
@@ -408,7 +408,7 @@ def test_writing_and_checking_are_signs_to_those_that_wait(
     world, folder, monkeypatch, agree, sharded
 ):
     """However slow the disk: each piece is one, if the one before it was long enough ago."""
-    monkeypatch.setattr(together, "SIGN_SECONDS", 0.0)
+    monkeypatch.setattr(fail_together, "SIGN_SECONDS", 0.0)
     for module in (tensors, index):
         monkeypatch.setattr(module, "PIECE_BYTES", 250)
     value = torch.zeros(100_000, dtype=torch.uint8)
@@ -426,7 +426,7 @@ def test_what_one_rank_fails_at_others_hear_once_they_are_through(world):
             raise OSError(28, "No space left on device")
 
     with pytest.raises(CheckpointError, match="No space left on device") as caught:
-        together.work_together(work, world, CheckpointError)
+        fail_together.work_together(work, world, CheckpointError)
     assert caught.value.on_every_rank
 
 

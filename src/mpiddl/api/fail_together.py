@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import ParamSpec, TypeVar, cast
 
-from mpiddl.api.calls import gather_json
+from mpiddl.api.objects import gather_json
 from mpiddl.comm.world import World, current_world
 from mpiddl.errors import CheckpointError, DataError
 from mpiddl.observe import activity

@@ -1,12 +1,13 @@
-"""Messages between two ranks."""
+"""``mpiddl.send`` and ``mpiddl.recv``: messages between two ranks."""
 
 from __future__ import annotations
 
 from typing import Literal, overload
 
-from mpiddl.api.call import TensorOrArray, flat, launch
+from mpiddl.api.arguments import flat
+from mpiddl.api.call import TensorOrArray, launch
 from mpiddl.base.units import integer
-from mpiddl.collectives import send_recv as peers
+from mpiddl.collectives import send_recv as algorithm
 from mpiddl.collectives.channel import Channel
 from mpiddl.comm.world import World, current_world
 from mpiddl.devices.base import Buffer
@@ -64,7 +65,7 @@ def send(
     """
     world = world or current_world()
     buffer, peer, channel = _message(tensor, peer, tag, world)
-    return launch(peers.send(buffer, peer, channel), world, tensor, async_, device_of(buffer))
+    return launch(algorithm.send(buffer, peer, channel), world, tensor, async_, device_of(buffer))
 
 
 @overload
@@ -103,7 +104,8 @@ def recv(
     """
     world = world or current_world()
     buffer, peer, channel = _message(tensor, peer, tag, world)
-    return launch(peers.receive(buffer, peer, channel), world, tensor, async_, device_of(buffer))
+    waits = algorithm.receive(buffer, peer, channel)
+    return launch(waits, world, tensor, async_, device_of(buffer))
 
 
 def _message(tensor: object, peer: int, tag: int, world: World) -> tuple[Buffer, int, Channel]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from mpiddl.api.calls import all_reduce
+from mpiddl.api.all_reduce import all_reduce
 from mpiddl.bench.candidates import Candidate, Case
 from mpiddl.comm.world import World
 from mpiddl.errors import PeerError, UnsupportedBufferError

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from mpiddl.api.calls import barrier, gather_json
+from mpiddl.api.barrier import barrier
+from mpiddl.api.objects import gather_json
 from mpiddl.base.waits import AllOf, Wait
 from mpiddl.bench.memory import busbw_limit
 from mpiddl.bench.timing import wait_for

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import mpiddl
-from mpiddl.api.calls import gather_json
+from mpiddl.api.objects import gather_json
 from mpiddl.base.units import format_bytes
 from mpiddl.bench.candidates import PLACEMENTS, Buffers, Candidate, Case, InProcess
 from mpiddl.bench.competitors.processes import PEERS, Peer

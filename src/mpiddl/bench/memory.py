@@ -8,7 +8,8 @@ from typing import Any
 import psutil
 import torch
 
-from mpiddl.api.calls import barrier, gather_json
+from mpiddl.api.barrier import barrier
+from mpiddl.api.objects import gather_json
 from mpiddl.base.units import format_bytes
 from mpiddl.comm.world import World
 from mpiddl.errors import PeerError

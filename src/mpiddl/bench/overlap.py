@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy
 import numpy.typing
 
-from mpiddl.api.calls import all_reduce
+from mpiddl.api.all_reduce import all_reduce
 from mpiddl.bench.models import ModelSpec
 from mpiddl.bench.overlap_candidates import Candidate
 from mpiddl.bench.steps import Cost

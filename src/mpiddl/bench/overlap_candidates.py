@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import mpiddl
-from mpiddl.api.calls import all_reduce, barrier
+from mpiddl.api.all_reduce import all_reduce
+from mpiddl.api.barrier import barrier
 from mpiddl.bench.competitors.processes import Peer
 from mpiddl.bench.models import ModelSpec
 from mpiddl.bench.steps import LEARNING_RATE, Cost, Training, Way, sgd

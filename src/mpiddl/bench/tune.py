@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from mpiddl.api.all_reduce import all_reduce
 from mpiddl.api.call import new_channel, run
-from mpiddl.api.calls import all_reduce
 from mpiddl.base.units import format_bytes
 from mpiddl.bench.bandwidth import Plan, Row, measure
 from mpiddl.bench.candidates import Buffers, Candidate, Case, InProcess

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mpiddl.api.calls import broadcast, broadcast_json
+from mpiddl.api.broadcast import broadcast
 from mpiddl.api.fail_together import raise_together
+from mpiddl.api.objects import broadcast_json
 from mpiddl.base.compiled_names import in_names_of
 from mpiddl.base.log import logger
 from mpiddl.base.plain import decode

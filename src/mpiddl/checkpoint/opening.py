@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from mpiddl.api.calls import broadcast_json
 from mpiddl.api.fail_together import Tick, raise_together, work_together
+from mpiddl.api.objects import broadcast_json
 from mpiddl.checkpoint.folders import checkpoints, newest
 from mpiddl.checkpoint.index import INDEX, Index, read_index
 from mpiddl.checkpoint.own import PARTS

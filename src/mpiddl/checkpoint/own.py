@@ -13,8 +13,8 @@ from typing import Any
 import numpy
 import torch
 
+from mpiddl.api.barrier import barrier
 from mpiddl.api.call import new_channel, run
-from mpiddl.api.calls import barrier
 from mpiddl.base.plain import digest
 from mpiddl.base.segments import chunked
 from mpiddl.base.waits import Waits

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mpiddl.api.calls import barrier, broadcast_json, gather_json
+from mpiddl.api.barrier import barrier
 from mpiddl.api.fail_together import Tick, raise_together, work_together
+from mpiddl.api.objects import broadcast_json, gather_json
 from mpiddl.base.log import logger
 from mpiddl.base.plain import encode, gapless, place_of
 from mpiddl.checkpoint.folders import begin_folder, finish_folder, remove_old

@@ -58,7 +58,7 @@ def init_on(device: str) -> World:
         LaunchError: There is no such device.
         PeerError: On every rank, if CuPy is missing on one.
     """
-    from mpiddl.api.calls import gather_json
+    from mpiddl.api.objects import gather_json
     from mpiddl.comm.world import init
     from mpiddl.devices.registry import device_at
     from mpiddl.errors import LaunchError, MpiddlError, PeerError, UnsupportedBufferError

@@ -31,7 +31,7 @@ def doctor(
 
     Works alone and under mpirun or srun. Exits 1 if something would break training.
     """
-    from mpiddl.api.calls import gather_json
+    from mpiddl.api.objects import gather_json
     from mpiddl.comm.world import init
     from mpiddl.doctor.environment import rank_facts
     from mpiddl.doctor.findings import by_node

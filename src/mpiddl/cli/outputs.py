@@ -19,7 +19,7 @@ def refuse_files(*paths: Path | None, plot: Path | None) -> None:
     Raises:
         OutputError: On every rank.
     """
-    from mpiddl.api.calls import broadcast_json
+    from mpiddl.api.objects import broadcast_json
 
     problem = None
     given = [path for path in paths if path is not None]
@@ -59,7 +59,7 @@ def write_files(writers: Mapping[Path | None, Callable[[Path], None]]) -> None:
     Raises:
         OutputError: On every rank.
     """
-    from mpiddl.api.calls import broadcast_json
+    from mpiddl.api.objects import broadcast_json
     from mpiddl.comm.world import current_world
 
     problem = None

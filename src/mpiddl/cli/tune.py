@@ -36,7 +36,7 @@ def tune(
     Run it once with the number of hosts and ranks per host that jobs will have, and on the kind of
     device. The file is read when a job starts, by rank 0, for all.
     """
-    from mpiddl.api.calls import broadcast_json
+    from mpiddl.api.objects import broadcast_json
     from mpiddl.bench.tune import tune as measured
     from mpiddl.comm.tuning import cluster_name
     from mpiddl.errors import OutputError

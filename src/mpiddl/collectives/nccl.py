@@ -6,7 +6,6 @@ NCCL's kernels wait for other ranks on the GPU, so ranks that share one would bl
 from __future__ import annotations
 
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from mpiddl.base.waits import Wait, Waits
 from mpiddl.collectives.channel import Channel
@@ -54,9 +53,17 @@ class _Communicator:
         return done
 
 
-_communicators: WeakKeyDictionary[Native, _Communicator] = WeakKeyDictionary()
-_problems: WeakKeyDictionary[World, str] = WeakKeyDictionary()
-"""That ranks found out together."""
+class _Nccl:
+    """NCCL among the ranks of one world.
+
+    Attributes:
+        problem: Why it cannot be used, as ranks found out together.
+        communicators: One for each set of collectives that must start in one order.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.problem: str | None = None
+        self.communicators: dict[Native, _Communicator] = {}
 
 
 def nccl_problem(device: Device, world: World) -> str | None:
@@ -68,7 +75,7 @@ def nccl_problem(device: Device, world: World) -> str | None:
             f"algorithm 'nccl' needs a GPU for each rank, and up to {world.gpu_sharers} ranks "
             "share one; start one rank per GPU, or leave the algorithm to mpiddl"
         )
-    return nccl_missing() if world.size == 1 else _problems.get(world)
+    return nccl_missing() if world.size == 1 else world.service(_Nccl).problem
 
 
 def nccl_missing() -> str | None:
@@ -82,9 +89,9 @@ def nccl_missing() -> str | None:
     return None
 
 
-def has_communicator(native: Native) -> bool:
+def has_communicator(native: Native, world: World) -> bool:
     """Whether ``make_communicator`` has made one."""
-    return native in _communicators
+    return native in world.service(_Nccl).communicators
 
 
 def make_communicator(native: Native, device: Device, world: World) -> None:
@@ -94,7 +101,11 @@ def make_communicator(native: Native, device: Device, world: World) -> None:
     Where a rank cannot, none gets one, and ``nccl_problem`` says why on all. But ncclCommInitRank
     waits for all ranks itself: if it fails on one, others learn that when it gives up on them too.
     """
-    if has_communicator(native) or world.size == 1 or nccl_problem(device, world) is not None:
+    if (
+        has_communicator(native, world)
+        or world.size == 1
+        or nccl_problem(device, world) is not None
+    ):
         return
     if _any_problem(nccl_missing(), world):
         return
@@ -109,14 +120,14 @@ def make_communicator(native: Native, device: Device, world: World) -> None:
     except nccl.NcclError as error:
         problem = f"NCCL could not be started: {error}"
     if not _any_problem(problem, world):
-        _communicators[native] = _Communicator(device, nccl, known)
+        world.service(_Nccl).communicators[native] = _Communicator(device, nccl, known)
 
 
 def _any_problem(problem: str | None, world: World) -> bool:
     """Whether some rank has one. Collective; from then on ``nccl_problem`` is that."""
     for rank, text in enumerate(exchange(world.comms[0], problem)):
         if text is not None:
-            _problems[world] = f"{text} (rank {rank})"
+            world.service(_Nccl).problem = f"{text} (rank {rank})"
             return True
     return False
 
@@ -144,7 +155,7 @@ def _when_served(
     if channel.size == 1 or not len(buffer):
         channel.native.queue.leave()
         return
-    communicator = _communicators[channel.native]
+    communicator = channel.world.service(_Nccl).communicators[channel.native]
     reduced = communicator.all_reduce(buffer, reduction.op)
     channel.native.queue.leave()
     yield reduced

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from weakref import WeakKeyDictionary
 
 from mpiddl.base.waits import AllOf, Queue, Wait, Waits
 from mpiddl.collectives.channel import Channel
@@ -78,13 +77,16 @@ def _memory(note: bytearray) -> tuple[int, int]:
     return ctypes.addressof(ctypes.c_char.from_buffer(note)), len(note)
 
 
-_queues: WeakKeyDictionary[World, dict[tuple[str, int, int], Queue]] = WeakKeyDictionary()
+class _Queues(dict[tuple[str, int, int], Queue]):
+    """Messages of one tag go in the order in which they were started, however long each waits for
+    its fence."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__()
 
 
 def _queue(direction: str, peer: int, channel: Channel) -> Queue:
-    """Messages of one tag go in the order in which they were started, however long each waits for
-    its fence."""
-    queues = _queues.setdefault(channel.world, {})
+    queues = channel.world.service(_Queues)
     return queues.setdefault((direction, peer, channel.tag), Queue())
 
 

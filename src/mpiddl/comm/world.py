@@ -6,7 +6,7 @@ import dataclasses
 import os
 import socket
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mpiddl.base.log import logger, name_rank
 from mpiddl.base.settings import Settings, read
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 __all__ = ["World", "current_world", "init", "is_running"]
+
+Service = TypeVar("Service")
 
 LANE_BYTES = 4 << 20
 """Shared memory that a rank gives to collectives of buffers that others cannot reach."""
@@ -85,6 +87,7 @@ class World:
         self.tags = Tags()
         self._device = device
         self._at_close: dict[Callable[[World], None], None] = {}
+        self._services: dict[Callable[[World], Any], Any] = {}
         self._closed = False
         self._node = _node_of(self._comm)
         self.layout = find_layout(self._comm, self._node, launch.local_rank)
@@ -178,6 +181,15 @@ class World:
         if self._closed:
             raise NotInitializedError("this world was closed; call mpiddl.init() again")
 
+    def service(self, make: Callable[[World], Service]) -> Service:
+        """Something that belongs to this world and ends with it: ``make(world)``, made at the first
+        call."""
+        try:
+            service: Service = self._services[make]
+        except KeyError:
+            service = self._services[make] = make(self)
+        return service
+
     def at_close(self, action: Callable[[World], None]) -> None:
         """Call ``action`` with this world before its communicators go, and before all actions that
         are known already; once, if told twice."""
@@ -192,6 +204,7 @@ class World:
         for action in reversed(list(self._at_close)):
             action(self)
         self._closed = True
+        self._services.clear()
         self.lane_window = None
         self._node.Free()
         self._comm.Free()

@@ -5,8 +5,7 @@ Names are loaded when they are first used.
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from mpiddl.base.lazy import lazy_names
 
 _HOMES = {
     "AUC": "mpiddl.data.evaluating.metrics",
@@ -43,13 +42,4 @@ _HOMES = {
 __all__ = sorted(_HOMES)
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'mpiddl.data' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy
 import torch
 
-from mpiddl.api.calls import gather_json
 from mpiddl.api.fail_together import raise_together
+from mpiddl.api.objects import gather_json
 from mpiddl.comm.world import World
 from mpiddl.errors import DataError
 

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 import mpiddl
-from mpiddl.api.calls import gather_json
+from mpiddl.api.objects import gather_json
 from mpiddl.collectives.choose import chunk_bytes_for
 from mpiddl.comm.world import World
 from mpiddl.devices.cuda_aware.facts import ucx_facts

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from mpiddl.api.calls import gather_json
+from mpiddl.api.objects import gather_json
 from mpiddl.api.send_recv import recv, send
 from mpiddl.comm.world import World
 from mpiddl.launch import pmix

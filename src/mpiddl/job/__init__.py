@@ -25,8 +25,9 @@ Names are loaded when they are first used.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mpiddl.base.lazy import lazy_names
 
 if TYPE_CHECKING:
     from mpiddl.job.flags import Flags as Flags
@@ -42,13 +43,4 @@ _HOMES = {
 __all__ = ["Flags", "Run", "start"]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'mpiddl.job' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -7,7 +7,7 @@ from types import FrameType
 
 import torch
 
-from mpiddl.api.calls import all_reduce
+from mpiddl.api.all_reduce import all_reduce
 from mpiddl.comm.world import World
 
 __all__ = ["is_any_rank_asked", "listen"]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mpiddl import checkpoint
-from mpiddl.api.calls import barrier
+from mpiddl.api.barrier import barrier
 from mpiddl.api.fail_together import Tick, work_together
 from mpiddl.base.log import logger
 from mpiddl.checkpoint.folders import checkpoints, remove

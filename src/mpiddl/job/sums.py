@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mpiddl.api.calls import gather_json
+from mpiddl.api.objects import gather_json
 from mpiddl.comm.world import World
 
 __all__ = ["Sums"]

@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from mpiddl.api.calls import gather_json
+from mpiddl.api.objects import gather_json
 from mpiddl.comm.world import World, current_world
 from mpiddl.training.checksums import refuse_difference
 from mpiddl.training.data_parallel import DataParallel

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mpiddl.api.calls import gather_json
+from mpiddl.api.objects import gather_json
 from mpiddl.comm.world import World
 from mpiddl.errors import MismatchError
 from mpiddl.gradients.agreement import who_has_what

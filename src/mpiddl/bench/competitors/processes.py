@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from mpiddl.api.calls import broadcast_json, gather_json
+from mpiddl.api.objects import broadcast_json, gather_json
 from mpiddl.comm.world import World
 from mpiddl.doctor.environment import first_interface
 from mpiddl.errors import PeerError

@@ -36,21 +36,15 @@ class Foreground:
         return self.next() if self.lanes[self._next].idle else None
 
 
-_foreground: dict[World, Foreground] = {}  # until the world closes: lanes refer to it
-
-
 def foreground_of(world: World) -> Foreground | None:
     """The lanes for what users start on ``world``; None where the node has no shared memory."""
-    lanes = _foreground.get(world)
-    if lanes is None and world.lane_window is not None:
-        lanes = Foreground(_cut(world, world.lane_window, Foreground.COUNT))
-        _foreground[world] = lanes
-        world.at_close(_forget)
-    return lanes
+    return world.service(_make_foreground)
 
 
-def _forget(world: World) -> None:
-    _foreground.pop(world, None)
+def _make_foreground(world: World) -> Foreground | None:
+    if world.lane_window is None:
+        return None
+    return Foreground(_cut(world, world.lane_window, Foreground.COUNT))
 
 
 def kept_lanes(world: World, count: int) -> list[Lane] | list[None]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from mpiddl.api.call import describe_buffer
-from mpiddl.api.calls import all_reduce
+from mpiddl.api.all_reduce import all_reduce
+from mpiddl.api.arguments import describe_buffer
 from mpiddl.api.fail_together import raise_together
 from mpiddl.comm.world import World, current_world
 from mpiddl.data.agreement import refuse_different

@@ -15,7 +15,7 @@ import numpy
 import torch
 from numpy.typing import NDArray
 
-from mpiddl.api.calls import all_reduce
+from mpiddl.api.all_reduce import all_reduce
 from mpiddl.api.fail_together import raise_together
 from mpiddl.comm.world import World, current_world
 from mpiddl.data.evaluating.predictions import gather_tensors

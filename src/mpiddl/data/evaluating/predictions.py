@@ -10,11 +10,11 @@ import numpy
 import torch
 from numpy.typing import NDArray
 
-from mpiddl.api.call import check_root
-from mpiddl.api.calls import gather_json
-from mpiddl.api.exchange import all_gather
+from mpiddl.api.all_gather import all_gather
+from mpiddl.api.arguments import check_root
 from mpiddl.api.fail_together import raise_together
-from mpiddl.api.rooted import gather
+from mpiddl.api.gather import gather
+from mpiddl.api.objects import gather_json
 from mpiddl.collectives.channel import bytes_of
 from mpiddl.comm.world import World, current_world
 from mpiddl.data.agreement import refuse_different

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy
 
-from mpiddl.api.calls import gather_json
 from mpiddl.api.fail_together import raise_together
+from mpiddl.api.objects import gather_json
 from mpiddl.base.segments import chunked
 from mpiddl.base.units import format_bytes
 from mpiddl.comm.world import World, current_world

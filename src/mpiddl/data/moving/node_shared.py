@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from mpiddl.api.calls import gather_json
 from mpiddl.api.fail_together import raise_together
+from mpiddl.api.objects import gather_json
 from mpiddl.base.segments import chunked, split
 from mpiddl.base.units import format_bytes
 from mpiddl.comm.windows import FOLDER

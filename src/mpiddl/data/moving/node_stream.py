@@ -12,8 +12,9 @@ import numpy
 import torch
 from numpy.typing import NDArray
 
-from mpiddl.api.calls import broadcast, gather_json
+from mpiddl.api.broadcast import broadcast
 from mpiddl.api.fail_together import raise_together
+from mpiddl.api.objects import gather_json
 from mpiddl.comm.world import World
 from mpiddl.data.moving.progress_bar import progress
 from mpiddl.errors import DataError

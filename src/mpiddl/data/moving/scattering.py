@@ -10,8 +10,8 @@ import numpy
 import torch
 
 from mpiddl.api.call import new_channel, run
-from mpiddl.api.calls import broadcast_json
 from mpiddl.api.fail_together import raise_together
+from mpiddl.api.objects import broadcast_json
 from mpiddl.collectives.scatter import scatter as scatter_parts
 from mpiddl.comm.world import World, current_world
 from mpiddl.data.moving.node_stream import check_same_root

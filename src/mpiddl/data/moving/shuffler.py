@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy
 
-from mpiddl.api.calls import barrier, gather_json
+from mpiddl.api.barrier import barrier
+from mpiddl.api.objects import gather_json
 from mpiddl.comm.windows import Window
 from mpiddl.comm.world import World, current_world
 from mpiddl.data.agreement import refuse_different

@@ -12,8 +12,8 @@ import numpy
 import torch
 
 from mpiddl.api.call import new_channel, start
-from mpiddl.api.calls import gather_json
 from mpiddl.api.fail_together import raise_together
+from mpiddl.api.objects import gather_json
 from mpiddl.collectives.all_to_all import all_to_all
 from mpiddl.comm.world import World, current_world
 from mpiddl.data.agreement import refuse_different

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy
 
-from mpiddl.api.calls import gather_json
+from mpiddl.api.objects import gather_json
 from mpiddl.comm.world import World, current_world
 from mpiddl.data.sharding.batches import ShardBatchSampler
 from mpiddl.data.signatures import checks_world

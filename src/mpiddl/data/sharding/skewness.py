@@ -10,8 +10,8 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from mpiddl.api.calls import gather_json
 from mpiddl.api.fail_together import raise_together
+from mpiddl.api.objects import gather_json
 from mpiddl.comm.world import World, current_world
 from mpiddl.data.sharding.labels import codes_of
 from mpiddl.data.signatures import checks_world

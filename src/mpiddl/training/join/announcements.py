@@ -14,19 +14,19 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from mpiddl.api.calls import all_reduce
-from mpiddl.api.exchange import all_gather
+from mpiddl.api.all_gather import all_gather
+from mpiddl.api.all_reduce import all_reduce
 from mpiddl.comm.world import World
 from mpiddl.errors import MismatchError
 
 __all__ = [
     "Announced",
     "Announcements",
+    "JoinBlock",
     "Joinable",
     "Operation",
     "all_gather_rows",
     "announcements_of",
-    "current",
     "sum_up",
 ]
 
@@ -196,13 +196,20 @@ def _different(rows: Sequence[Sequence[int]], one: int, other: int) -> MismatchE
     )
 
 
-current: dict[World, Announcements] = {}
-"""Of each world whose ranks are inside ``join``."""
+class JoinBlock:
+    """Whether the ranks of a world are inside ``join``.
+
+    Attributes:
+        announcements: Where they announce their collectives; None outside ``join``.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.announcements: Announcements | None = None
 
 
 def announcements_of(world: World) -> Announcements | None:
     """Where to announce collectives of ``world``; None outside ``join``."""
-    return current.get(world)
+    return world.service(JoinBlock).announcements
 
 
 def all_gather_rows(row: torch.Tensor, world: World) -> torch.Tensor:

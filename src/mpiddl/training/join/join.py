@@ -7,11 +7,17 @@ from contextlib import contextmanager
 
 import torch
 
-from mpiddl.api.calls import all_reduce
-from mpiddl.api.exchange import all_gather
+from mpiddl.api.all_gather import all_gather
+from mpiddl.api.all_reduce import all_reduce
 from mpiddl.comm.world import World
 from mpiddl.training.data_parallel import DataParallel
-from mpiddl.training.join.announcements import Announcements, Joinable, Operation, current
+from mpiddl.training.join.announcements import (
+    Announcements,
+    Joinable,
+    JoinBlock,
+    Operation,
+    announcements_of,
+)
 from mpiddl.training.join.optimizer_state import Stateful, broadcast_plain_state
 from mpiddl.training.state import broadcast_state
 from mpiddl.training.sync_batch_norm import SyncBatchNorm
@@ -65,13 +71,13 @@ def join(
     world = announcements.world
     for model in announcements.models:
         model.begin_together()
-    current[world] = announcements
+    world.service(JoinBlock).announcements = announcements
     try:
         yield
         # Not after an exception: the others could not be told of it here. It ends the job.
         _shadow(announcements)
     finally:
-        del current[world]
+        world.service(JoinBlock).announcements = None
     wrapped = [model for model in models if isinstance(model, DataParallel)]  # they all are
     _make_equal(announcements, wrapped, optimizers)
 
@@ -83,7 +89,7 @@ def _world_of(models: Sequence[torch.nn.Module]) -> World:
     if len(worlds) > 1:
         raise ValueError("mpiddl.join() got models on different ranks; join each group's apart")
     world = worlds.popitem()[1]
-    if isinstance(world, World) and world in current:
+    if isinstance(world, World) and announcements_of(world) is not None:
         raise ValueError(
             "mpiddl.join() inside another one on the same ranks: pass all models to one, "
             "join(model, other)"

@@ -6,7 +6,8 @@ from typing import Any, Protocol
 
 import torch
 
-from mpiddl.api.calls import broadcast, broadcast_json
+from mpiddl.api.broadcast import broadcast
+from mpiddl.api.objects import broadcast_json
 from mpiddl.base.plain import decode, encode, gapless
 from mpiddl.collectives.channel import bytes_of
 from mpiddl.comm.world import World

@@ -27,7 +27,7 @@ from mpiddl.devices.host import HOST
 from mpiddl.engine.engine import PATIENCE, Engine, engine_of
 from mpiddl.errors import UnsupportedBufferError
 
-__all__ = ["Quick", "quick_of"]
+__all__ = ["ShortWay", "short_way_of"]
 
 MOST_PLANS = 1024
 MOST_MET = 64
@@ -71,7 +71,7 @@ class _Met(NamedTuple):
     weights: Weights
 
 
-class Quick:
+class ShortWay:
     """Blocking all-reduces of one world."""
 
     def __init__(self, world: World, foreground: Foreground, engine: Engine) -> None:
@@ -210,23 +210,13 @@ def _meet(buffer: Buffer, lane: Lane) -> _Met | None:
     return _Met(parts, in_turn(parts, lane.rank), weights)
 
 
-_quick: dict[World, Quick | None] = {}  # until the world closes
-
-
-def quick_of(world: World) -> Quick | None:
+def short_way_of(world: World) -> ShortWay | None:
     """The short way on ``world``; None where there is none."""
-    try:
-        return _quick[world]
-    except KeyError:
-        pass
-    engine = engine_of(world)
+    return world.service(_make)
+
+
+def _make(world: World) -> ShortWay | None:
     settings = world.settings
     foreground = foreground_of(world) if world.num_nodes == 1 else None
     allowed = settings.algorithm == "auto" and not settings.check
-    _quick[world] = Quick(world, foreground, engine) if foreground and allowed else None
-    world.at_close(_forget)
-    return _quick[world]
-
-
-def _forget(world: World) -> None:
-    _quick.pop(world, None)
+    return ShortWay(world, foreground, engine_of(world)) if foreground and allowed else None
