@@ -14,7 +14,7 @@ import matplotlib
 import numpy
 import typer
 
-from mpiddl.data.sharding.kinds import SHARDINGS, sharding
+from mpiddl.data.shards.kinds import SHARDINGS, sharding
 
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 LENGTH, RANKS, PER_ROW = 96, 4, 32

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from mpiddl.comm.world import World as World
     from mpiddl.comm.world import init as init
     from mpiddl.data.loading.seeds import seed as seed
-    from mpiddl.data.sharding.batches import ShardBatchSampler as ShardBatchSampler
-    from mpiddl.data.sharding.samplers import ShardSampler as ShardSampler
+    from mpiddl.data.shards.batches import ShardBatchSampler as ShardBatchSampler
+    from mpiddl.data.shards.samplers import ShardSampler as ShardSampler
     from mpiddl.engine.work import Work as Work
     from mpiddl.errors import MpiddlError as MpiddlError
     from mpiddl.training import replicas as replicas
@@ -53,8 +53,8 @@ _HOMES = {
     "DataParallel": "mpiddl.training.data_parallel",
     "MpiddlError": "mpiddl.errors",
     "OverlappedOptimizer": "mpiddl.training.late_step.overlapped_optimizer",
-    "ShardBatchSampler": "mpiddl.data.sharding.batches",
-    "ShardSampler": "mpiddl.data.sharding.samplers",
+    "ShardBatchSampler": "mpiddl.data.shards.batches",
+    "ShardSampler": "mpiddl.data.shards.samplers",
     "SyncBatchNorm": "mpiddl.training.sync_batch_norm",
     "Work": "mpiddl.engine.work",
     "World": "mpiddl.comm.world",

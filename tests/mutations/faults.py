@@ -275,28 +275,28 @@ FAULTS = (
     # Data.
     Fault(
         "permutation: not undone in reverse",
-        "data/sharding/permutation.py",
+        "data/shards/permutation.py",
         "in reversed(range(ROUNDS)) if backwards else range(ROUNDS):",
         "in range(ROUNDS):",
         ("unit/test_permutation.py",),
     ),
     Fault(
         "stratified: batches are dealt to the same few ranks",
-        "data/sharding/kinds/stratified.py",
+        "data/shards/kinds/stratified.py",
         "ranks: Indices = (cards + rounds // math.lcm(num_batches, size)) % size",
         "ranks: Indices = cards % size",
         ("unit/test_shardings.py",),
     ),
     Fault(
         "sampler: goes on after the last stop, not after all of them",
-        "data/sharding/batches.py",
+        "data/shards/batches.py",
         "step += legs.pop().steps",
         "legs.pop()",
         ("unit/test_sampling.py",),
     ),
     Fault(
         "strided: the last sample is nobody's",
-        "data/sharding/kinds/strided.py",
+        "data/shards/kinds/strided.py",
         "range(rank, self.length, size)",
         "range(rank, self.length - 1, size)",
         ("unit/test_shardings.py",),

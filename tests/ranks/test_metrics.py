@@ -14,7 +14,7 @@ from matrix import examples
 from mpiddl.data.evaluating.ensembling import ensemble
 from mpiddl.data.evaluating.metrics import AUC, Accuracy, ConfusionMatrix, Mean
 from mpiddl.data.evaluating.predictions import gather_predictions, gather_tensors
-from mpiddl.data.sharding.skewness import skew
+from mpiddl.data.shards.skewness import skew
 from mpiddl.errors import DataError
 
 pytestmark = pytest.mark.thorough

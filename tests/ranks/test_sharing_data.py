@@ -10,8 +10,8 @@ import torch
 from together import EVERYONE
 
 import mpiddl
-from mpiddl.data.sharding.kinds import sharding
-from mpiddl.data.sharding.permutation import Permutation
+from mpiddl.data.shards.kinds import sharding
+from mpiddl.data.shards.permutation import Permutation
 from mpiddl.errors import DataError
 
 pytestmark = pytest.mark.host

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpiddl.data.sharding.permutation import SMALL, Permutation
+from mpiddl.data.shards.permutation import SMALL, Permutation
 
 LARGE = SMALL + 903  # a number of cells that leaves some over
 FAR = 10.0  # standard deviations, or so: what no honest order reaches

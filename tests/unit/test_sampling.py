@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import TensorDataset
 
-from mpiddl.data.sharding.batches import ShardBatchSampler
-from mpiddl.data.sharding.kinds import sharding
-from mpiddl.data.sharding.samplers import ShardSampler
+from mpiddl.data.shards.batches import ShardBatchSampler
+from mpiddl.data.shards.kinds import sharding
+from mpiddl.data.shards.samplers import ShardSampler
 from mpiddl.errors import DataError
 
 

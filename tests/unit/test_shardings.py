@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpiddl.data.sharding.kinds import SHARDINGS, sharding
-from mpiddl.data.sharding.kinds.base import Ordered, Owned
-from mpiddl.data.sharding.kinds.hashed import _owners, _range_of, hashes_of
+from mpiddl.data.shards.kinds import SHARDINGS, sharding
+from mpiddl.data.shards.kinds.base import Ordered, Owned
+from mpiddl.data.shards.kinds.hashed import _owners, _range_of, hashes_of
 from mpiddl.errors import DataError
 
 EXACT = sorted(set(SHARDINGS) - {"balanced"})

@@ -6,8 +6,8 @@ import numpy
 import pytest
 import torch
 
-from mpiddl.data.sharding.plots import Balance, plot_report
-from mpiddl.data.sharding.skewness import skew_of
+from mpiddl.data.shards.plots import Balance, plot_report
+from mpiddl.data.shards.skewness import skew_of
 from mpiddl.errors import DataError
 
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpiddl.data.sharding.splits import split
+from mpiddl.data.shards.splits import split
 from mpiddl.errors import DataError
 
 quietly = settings(deadline=None)

@@ -13,8 +13,8 @@ from mpiddl.cli.outputs import check_picture
 from mpiddl.cli.run import deferred
 
 if TYPE_CHECKING:
-    from mpiddl.data.sharding.plots import Balance
-    from mpiddl.data.sharding.skewness import Skew
+    from mpiddl.data.shards.plots import Balance
+    from mpiddl.data.shards.skewness import Skew
 
 __all__ = ["app", "report"]
 
@@ -51,7 +51,7 @@ def report(
     ),
 ) -> None:
     """Draw samples and classes of each rank, and step times before and after balancing."""
-    from mpiddl.data.sharding.plots import plot_report
+    from mpiddl.data.shards.plots import plot_report
     from mpiddl.errors import DataError, OutputError
 
     check_picture(output)
@@ -90,8 +90,8 @@ def _skew(
     import inspect
 
     from mpiddl.data.reading.npy import read_npy
-    from mpiddl.data.sharding.kinds import SHARDINGS, sharding
-    from mpiddl.data.sharding.skewness import skew_of
+    from mpiddl.data.shards.kinds import SHARDINGS, sharding
+    from mpiddl.data.shards.skewness import skew_of
     from mpiddl.errors import DataError
 
     classes = read_npy(labels)
@@ -114,8 +114,8 @@ def _balance_in(path: Path) -> Balance:
     """
     import numpy
 
-    from mpiddl.data.sharding.balance import FORMAT
-    from mpiddl.data.sharding.plots import Balance
+    from mpiddl.data.shards.balance import FORMAT
+    from mpiddl.data.shards.plots import Balance
     from mpiddl.errors import DataError
 
     try:

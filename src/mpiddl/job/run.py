@@ -16,7 +16,7 @@ from mpiddl.base.log import logger
 from mpiddl.checkpoint.folders import checkpoints, remove
 from mpiddl.checkpoint.model_file import check_model, write_model
 from mpiddl.comm.world import World
-from mpiddl.data.sharding.batches import ShardBatchSampler
+from mpiddl.data.shards.batches import ShardBatchSampler
 from mpiddl.errors import CheckpointError, OutputError
 from mpiddl.job.flags import Flags
 from mpiddl.job.preemption import is_any_rank_asked

@@ -10,7 +10,7 @@ import numpy
 import torch
 from numpy.typing import NDArray
 
-from mpiddl.data.sharding.permutation import Indices
+from mpiddl.data.shards.permutation import Indices
 from mpiddl.errors import DataError
 
 __all__ = ["Kind", "Rows", "as_rows", "kind_of_rows", "room_for", "take"]

@@ -17,10 +17,10 @@ from mpiddl.comm.world import World, current_world
 from mpiddl.data.moving.node_stream import check_same_root
 from mpiddl.data.moving.progress_bar import progress
 from mpiddl.data.moving.rows import Kind, Rows, as_rows, kind_of_rows, room_for, take
-from mpiddl.data.sharding.kinds import Sharding
-from mpiddl.data.sharding.kinds import sharding as make_sharding
-from mpiddl.data.sharding.kinds.base import refuse_other_data
-from mpiddl.data.sharding.permutation import Indices
+from mpiddl.data.shards.kinds import Sharding
+from mpiddl.data.shards.kinds import sharding as make_sharding
+from mpiddl.data.shards.kinds.base import refuse_other_data
+from mpiddl.data.shards.permutation import Indices
 from mpiddl.data.signatures import checks_world
 from mpiddl.errors import DataError
 

@@ -13,7 +13,7 @@ from mpiddl.comm.world import World, current_world
 from mpiddl.data.agreement import refuse_different
 from mpiddl.data.moving.rows import Rows, kind_of_rows, room_for, take
 from mpiddl.data.moving.shuffling import check_arrays, shuffle
-from mpiddl.data.sharding.permutation import Permutation
+from mpiddl.data.shards.permutation import Permutation
 from mpiddl.data.signatures import checks_world
 
 __all__ = ["Shuffler"]

@@ -19,7 +19,7 @@ from mpiddl.comm.world import World, current_world
 from mpiddl.data.agreement import refuse_different
 from mpiddl.data.moving.progress_bar import progress
 from mpiddl.data.moving.rows import Rows, kind_of_rows, room_for, take
-from mpiddl.data.sharding.permutation import Indices, Permutation
+from mpiddl.data.shards.permutation import Indices, Permutation
 from mpiddl.data.signatures import checks_world
 from mpiddl.errors import DataError
 

@@ -12,7 +12,7 @@ import numpy
 
 from mpiddl.api.objects import gather_json
 from mpiddl.comm.world import World, current_world
-from mpiddl.data.sharding.batches import ShardBatchSampler
+from mpiddl.data.shards.batches import ShardBatchSampler
 from mpiddl.data.signatures import checks_world
 from mpiddl.errors import DataError
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy
 
 from mpiddl.base.segments import split
-from mpiddl.data.sharding.kinds.base import refuse_empty
-from mpiddl.data.sharding.permutation import Indices
+from mpiddl.data.shards.kinds.base import refuse_empty
+from mpiddl.data.shards.permutation import Indices
 
 __all__ = ["Contiguous"]
 

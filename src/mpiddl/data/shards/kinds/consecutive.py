@@ -7,8 +7,8 @@ from typing import Any, Protocol
 import numpy
 from numpy.typing import NDArray
 
-from mpiddl.data.sharding.kinds.base import cuts
-from mpiddl.data.sharding.permutation import Indices
+from mpiddl.data.shards.kinds.base import cuts
+from mpiddl.data.shards.permutation import Indices
 
 __all__ = ["AsTheyAre", "Order", "Windows"]
 

@@ -10,7 +10,7 @@ import numpy
 from numpy.typing import NDArray
 
 from mpiddl.base.segments import split
-from mpiddl.data.sharding.permutation import Indices
+from mpiddl.data.shards.permutation import Indices
 from mpiddl.errors import DataError
 
 __all__ = [

@@ -9,9 +9,9 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from mpiddl.data.sharding.kinds.base import checksum_of, refuse_empty
-from mpiddl.data.sharding.labels import values_of
-from mpiddl.data.sharding.permutation import Indices
+from mpiddl.data.shards.kinds.base import checksum_of, refuse_empty
+from mpiddl.data.shards.labels import values_of
+from mpiddl.data.shards.permutation import Indices
 from mpiddl.errors import DataError
 
 __all__ = ["Hashed", "hashes_of"]

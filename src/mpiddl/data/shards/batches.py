@@ -12,13 +12,13 @@ from mpiddl.api.fail_together import raise_together
 from mpiddl.comm.world import World, current_world
 from mpiddl.data.agreement import refuse_different, refuse_unlike_samples
 from mpiddl.data.loading.collate import collate
-from mpiddl.data.sharding.epoch_plan import Leg, OrderedWalk, OwnWalk, Place, Walk
-from mpiddl.data.sharding.kinds import Sharding
-from mpiddl.data.sharding.kinds.base import Ordered, Owned, facts_of
-from mpiddl.data.sharding.kinds.random import Random
-from mpiddl.data.sharding.kinds.weighted import Weighted, shares_of
-from mpiddl.data.sharding.permutation import Indices
-from mpiddl.data.sharding.samplers import EpochSampler
+from mpiddl.data.shards.epoch_plan import Leg, OrderedWalk, OwnWalk, Place, Walk
+from mpiddl.data.shards.kinds import Sharding
+from mpiddl.data.shards.kinds.base import Ordered, Owned, facts_of
+from mpiddl.data.shards.kinds.random import Random
+from mpiddl.data.shards.kinds.weighted import Weighted, shares_of
+from mpiddl.data.shards.permutation import Indices
+from mpiddl.data.shards.samplers import EpochSampler
 from mpiddl.data.signatures import checks_world
 from mpiddl.errors import DataError
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from mpiddl.data.sharding.labels import codes_of
-from mpiddl.data.sharding.permutation import Indices
+from mpiddl.data.shards.labels import codes_of
+from mpiddl.data.shards.permutation import Indices
 from mpiddl.data.signatures import checks_world
 from mpiddl.errors import DataError
 

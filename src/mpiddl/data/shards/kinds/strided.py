@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mpiddl.data.sharding.kinds.base import refuse_empty
-from mpiddl.data.sharding.permutation import Indices
+from mpiddl.data.shards.kinds.base import refuse_empty
+from mpiddl.data.shards.permutation import Indices
 
 __all__ = ["Strided"]
 

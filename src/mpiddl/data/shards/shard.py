@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from mpiddl.comm.world import World, current_world
-from mpiddl.data.sharding.kinds import sharding
-from mpiddl.data.sharding.permutation import Indices
+from mpiddl.data.shards.kinds import sharding
+from mpiddl.data.shards.permutation import Indices
 from mpiddl.data.signatures import checks_world
 
 __all__ = ["shard"]

@@ -8,9 +8,9 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from mpiddl.data.sharding.kinds.base import cuts, refuse_empty
-from mpiddl.data.sharding.kinds.consecutive import Windows
-from mpiddl.data.sharding.permutation import Indices, Permutation
+from mpiddl.data.shards.kinds.base import cuts, refuse_empty
+from mpiddl.data.shards.kinds.consecutive import Windows
+from mpiddl.data.shards.permutation import Indices, Permutation
 from mpiddl.errors import DataError
 
 __all__ = ["Weighted", "shares_of"]

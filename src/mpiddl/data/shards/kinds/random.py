@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mpiddl.data.sharding.kinds.base import cuts, refuse_empty
-from mpiddl.data.sharding.kinds.consecutive import AsTheyAre, Order, Windows
-from mpiddl.data.sharding.permutation import Indices, Permutation
+from mpiddl.data.shards.kinds.base import cuts, refuse_empty
+from mpiddl.data.shards.kinds.consecutive import AsTheyAre, Order, Windows
+from mpiddl.data.shards.permutation import Indices, Permutation
 
 __all__ = ["Random"]
 
@@ -22,7 +22,7 @@ class Random:
         shuffle: Else the order is the data set's own.
 
     Source:
-        ``mpiddl.data.sharding.permutation``.
+        ``mpiddl.data.shards.permutation``.
     """
 
     length: int

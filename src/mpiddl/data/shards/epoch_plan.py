@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy
 from numpy.typing import NDArray
 
-from mpiddl.data.sharding.kinds.base import Batches, Owned
-from mpiddl.data.sharding.permutation import Indices, Permutation
+from mpiddl.data.shards.kinds.base import Batches, Owned
+from mpiddl.data.shards.permutation import Indices, Permutation
 
 __all__ = ["Leg", "OrderedWalk", "OwnWalk", "Place", "Walk"]
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mpiddl.api.fail_together import raise_together
 from mpiddl.api.objects import gather_json
 from mpiddl.comm.world import World, current_world
-from mpiddl.data.sharding.labels import codes_of
+from mpiddl.data.shards.labels import codes_of
 from mpiddl.data.signatures import checks_world
 from mpiddl.errors import DataError
 
@@ -102,7 +102,7 @@ class Skew:
         Raises:
             ImportError: matplotlib is missing: pip install 'mpiddl[plots]'.
         """
-        from mpiddl.data.sharding.plots import plot_report
+        from mpiddl.data.shards.plots import plot_report
 
         plot_report(path, self)
 

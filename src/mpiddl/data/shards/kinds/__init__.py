@@ -8,15 +8,15 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from mpiddl.data.sharding.kinds.balanced import Balanced
-from mpiddl.data.sharding.kinds.base import Sharding
-from mpiddl.data.sharding.kinds.contiguous import Contiguous
-from mpiddl.data.sharding.kinds.grouped import Grouped
-from mpiddl.data.sharding.kinds.hashed import Hashed
-from mpiddl.data.sharding.kinds.random import Random
-from mpiddl.data.sharding.kinds.stratified import Stratified
-from mpiddl.data.sharding.kinds.strided import Strided
-from mpiddl.data.sharding.kinds.weighted import Weighted
+from mpiddl.data.shards.kinds.balanced import Balanced
+from mpiddl.data.shards.kinds.base import Sharding
+from mpiddl.data.shards.kinds.contiguous import Contiguous
+from mpiddl.data.shards.kinds.grouped import Grouped
+from mpiddl.data.shards.kinds.hashed import Hashed
+from mpiddl.data.shards.kinds.random import Random
+from mpiddl.data.shards.kinds.stratified import Stratified
+from mpiddl.data.shards.kinds.strided import Strided
+from mpiddl.data.shards.kinds.weighted import Weighted
 from mpiddl.errors import DataError
 
 __all__ = ["SHARDINGS", "Sharding", "sharding"]

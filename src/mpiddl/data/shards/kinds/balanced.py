@@ -8,10 +8,10 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from mpiddl.data.sharding.kinds.base import checksum_of, cuts, refuse_empty
-from mpiddl.data.sharding.kinds.consecutive import Windows
-from mpiddl.data.sharding.labels import codes_of
-from mpiddl.data.sharding.permutation import Indices, Permutation
+from mpiddl.data.shards.kinds.base import checksum_of, cuts, refuse_empty
+from mpiddl.data.shards.kinds.consecutive import Windows
+from mpiddl.data.shards.labels import codes_of
+from mpiddl.data.shards.permutation import Indices, Permutation
 
 __all__ = ["Balanced"]
 

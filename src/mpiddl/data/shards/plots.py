@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from mpiddl.data.sharding.skewness import Skew
+    from mpiddl.data.shards.skewness import Skew
 
 __all__ = ["Balance", "plot_report"]
 

@@ -9,10 +9,10 @@ from typing import Any
 from torch.utils.data import Sampler
 
 from mpiddl.comm.world import World, current_world
-from mpiddl.data.sharding.kinds import Sharding
-from mpiddl.data.sharding.kinds import sharding as make_sharding
-from mpiddl.data.sharding.kinds.base import refuse_other_data
-from mpiddl.data.sharding.permutation import Permutation
+from mpiddl.data.shards.kinds import Sharding
+from mpiddl.data.shards.kinds import sharding as make_sharding
+from mpiddl.data.shards.kinds.base import refuse_other_data
+from mpiddl.data.shards.permutation import Permutation
 from mpiddl.data.signatures import checks_world
 from mpiddl.errors import DataError
 
