@@ -115,7 +115,7 @@ def test_early_buckets_do_not_wait_for_late_gradients(world, agree, algorithm):
     computed, early = torch.cuda.Event(), []
 
     def watch():
-        works, until = model.reducer.scheduler.works, time.monotonic() + 10
+        works, until = model.strategy.scheduler.works, time.monotonic() + 10
         while not works[0].complete and time.monotonic() < until:
             time.sleep(1e-4)
         early.append(works[0].complete and not computed.query())

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 import mpiddl
+from mpiddl.compress import BF16
 from mpiddl.errors import UnsupportedBufferError
-from mpiddl.training.comm_hooks import bf16_compress
 
 CLASSES = 7
 
@@ -137,7 +137,7 @@ def test_autocast_and_grad_scaler(world, agree, dtype):
 
 def test_gradients_as_bfloat16_on_the_wire(world, agree):
     model = mpiddl.DataParallel(convolutions().to(world.device), bucket_size="16KiB")
-    model.register_comm_hook(None, bf16_compress)
+    model.strategy.use_codec(BF16())
     want = mean_gradients(convolutions, world)
     for _ in range(3):
         model.zero_grad()

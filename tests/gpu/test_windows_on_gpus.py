@@ -43,5 +43,5 @@ def test_windows_come_and_go(world, agree, gpu, algorithm):
 
 def test_gradients_are_in_windows(world, agree, gpu):
     model = mpiddl.DataParallel(torch.nn.Linear(100, 100).to(world.device))
-    places = [gpu.mapped(world).find(b.buffer.data_ptr()) for b in model.reducer.gradients.buckets]
+    places = [gpu.mapped(world).find(b.buffer.data_ptr()) for b in model.strategy.gradients.buckets]
     agree(all(number > 0 for number, _ in places), places)

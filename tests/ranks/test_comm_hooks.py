@@ -11,9 +11,9 @@ from torch import nn
 
 import mpiddl
 from mpiddl.base.waits import ALREADY
+from mpiddl.compress import BF16
 from mpiddl.engine.engine import Engine
 from mpiddl.errors import GradientError, NestedCallError
-from mpiddl.training.comm_hooks import bf16_compress
 
 pytestmark = pytest.mark.device
 
@@ -87,7 +87,7 @@ def test_a_hook_sees_the_names_of_its_bucket_after_freezing(world, agree):
 
 def test_bf16_on_the_wire_is_rounded_twice_at_most(world, agree):
     model = mpiddl.DataParallel(make(), bucket_size=700)
-    model.register_comm_hook(None, bf16_compress)
+    model.strategy.use_codec(BF16())
     loss(model, world.rank).backward()
 
     bits = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])

@@ -424,7 +424,7 @@ def test_buckets_are_exchanged_while_backward_runs(world, agree, engine):
     complete = []
 
     def hold(gradient):
-        work = model.reducer.scheduler.works[0]
+        work = model.strategy.scheduler.works[0]
         deadline = time.monotonic() + 300
         while work and not work.complete and time.monotonic() < deadline:
             if engine == "inline":

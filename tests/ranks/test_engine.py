@@ -255,7 +255,7 @@ def test_a_free_credit_goes_to_the_most_urgent(world, agree):
 
 def test_buckets_under_way_are_known_by_their_urgency(world, agree):
     model = mpiddl.DataParallel(torch.nn.Linear(30, 30), bucket_size=1000)
-    room, seen = model.reducer.reductions._credits, []
+    room, seen = model.strategy.reductions._credits, []
 
     def hook(state, bucket):
         seen.append(room.first >= bucket.number)

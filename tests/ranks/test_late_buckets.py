@@ -73,7 +73,7 @@ class Gated:
 
     @property
     def works(self):
-        return self.model.reducer.scheduler.works
+        return self.model.strategy.scheduler.works
 
     def backward(self, during=None):
         self.model.zero_grad(set_to_none=False)

@@ -163,7 +163,7 @@ def test_gradients_come_on_streams_of_their_own(world, agree, device):
         parameter.register_post_accumulate_grad_hook(late)
     model = mpiddl.DataParallel(layers, bucket_size="1MiB", broadcast_buffers=False)
     for parameter, view in zip(
-        model.reducer.parameters, model.reducer.gradients.views, strict=True
+        model.strategy.parameters, model.strategy.gradients.views, strict=True
     ):
         parameter.grad = view.zero_()
     try:
@@ -217,15 +217,15 @@ def test_gradients_are_brought_in_on_the_stream_that_ends_backward(world, agree,
     stream = runtime.make_stream()
     layer = torch.nn.Linear(128, 128, bias=False)
     model = mpiddl.DataParallel(layer, engine=engine, broadcast_buffers=False)
-    bring_in = model.reducer.gradients.take
+    bring_in = model.strategy.gradients.take
 
     def late(member):
         buckets = bring_in(member)
         runtime._caller = stream
-        written_late(runtime, stream, model.reducer.gradients.views[member])
+        written_late(runtime, stream, model.strategy.gradients.views[member])
         return buckets
 
-    model.reducer.gradients.take = late
+    model.strategy.gradients.take = late
     try:
         model(torch.full((2, 128), float(world.rank + 1))).sum().backward()
     finally:
@@ -251,7 +251,7 @@ def test_gradients_outlive_their_streams_when_they_are_brought_in(
     model = mpiddl.DataParallel(
         layer, engine="after", bucket_size=bucket_size, broadcast_buffers=False
     )
-    bring_in, fill = model.reducer.gradients.take, model.reducer.gradients.fill
+    bring_in, fill = model.strategy.gradients.take, model.strategy.gradients.fill
 
     def take(member):
         runtime._caller = ends
@@ -262,9 +262,9 @@ def test_gradients_outlive_their_streams_when_they_are_brought_in(
         order.append(stream)
         honestly(stream, event)
 
-    monkeypatch.setattr(model.reducer.gradients, "take", take)
+    monkeypatch.setattr(model.strategy.gradients, "take", take)
     monkeypatch.setattr(
-        model.reducer.gradients, "fill", lambda bucket: (order.append("full"), fill(bucket))
+        model.strategy.gradients, "fill", lambda bucket: (order.append("full"), fill(bucket))
     )
     monkeypatch.setattr(runtime, "let_wait", let_wait)
     try:

@@ -92,7 +92,7 @@ def test_opposite_ready_orders(world, agree, options):
         loss_of(model, world.rank, step).backward()
         agree(not problem(model, mean_gradients(world.size, step)), f"step {step}")
 
-    orders = mpiddl.gather_json(model.reducer.scheduler.arrived, world=world)
+    orders = mpiddl.gather_json(model.strategy.scheduler.arrived, world=world)
     agree(world.size == 1 or orders[0] != orders[1], orders)
     branches = [[member for member in order if 2 <= member < 10 and member % 2] for order in orders]
     agree(world.size == 1 or branches[0] == branches[1][::-1], branches)
@@ -114,11 +114,11 @@ def test_what_is_measured_is_the_same_on_all_ranks(world, agree, options):
         loss_of(model, world.rank, step).backward()
         if step % 4 == 0:
             wrong.append(problem(model, mean_gradients(world.size, step)))
-        reducer = model.reducer
+        reducer = model.strategy
         seen.add((reducer.reductions.threaded, reducer.scheduler._holds_back))
 
     agree(not any(wrong), wrong)
-    measured = model.reducer.plans._calibration
+    measured = model.strategy.plans._calibration
     agree(len(measured._choices) == 1, measured._choices)
     choices = mpiddl.gather_json(measured.present, world=world)
     agree(all(choice == choices[0] for choice in choices), choices)

@@ -153,10 +153,10 @@ def test_what_the_next_forward_needs_first_is_the_most_urgent(world, agree):
     model = mpiddl.DataParallel(make("mlp"), bucket_size=300)
     model(batch("mlp", world, 0)).square().mean().backward()
 
-    scheduler = model.reducer.scheduler
+    scheduler = model.strategy.scheduler
     urgency = [work.priority for work in scheduler.works]
     agree(len(urgency) > 2 and urgency == sorted(set(urgency)), urgency)
-    first, *_, last = (model.reducer.gradients.buckets_of(member) for member in range(6))
+    first, *_, last = (model.strategy.gradients.buckets_of(member) for member in range(6))
     agree(max(urgency) == urgency[first[-1].number] > urgency[last[-1].number], urgency)
 
 

@@ -9,7 +9,7 @@ import pytest
 from mpiddl.base.settings import Settings, read
 from mpiddl.collectives.choose import chunk_bytes_for
 from mpiddl.errors import SettingsError
-from mpiddl.training.options import options_from
+from mpiddl.strategies.options import options_from
 
 
 def test_defaults_and_foreign_variables():

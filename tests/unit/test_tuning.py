@@ -20,7 +20,7 @@ from mpiddl.comm.tuning import (
     write_choices,
     write_training,
 )
-from mpiddl.training.calibration import fastest
+from mpiddl.strategies.calibration import fastest
 
 
 def layout(*nodes):

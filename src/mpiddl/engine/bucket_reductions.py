@@ -92,12 +92,12 @@ class BucketReductions:
             for number, (tag, lane) in enumerate(zip(self._tags, self._lanes, strict=True))
         ]
 
-    def start(self, bucket: Bucket, weight: float | None) -> Work:
+    def start(self, bucket: Bucket, weight: float) -> Work:
         """Start the all-reduce of ``bucket``, in which this rank's gradients weigh ``weight``."""
         self.world.check_open()
         after = self._written(bucket) if self.device.late else ALREADY
         if self.hook is not None:
-            waits = self.hook(bucket, 1.0 if weight is None else weight)
+            waits = self.hook(bucket, 1.0 if self.world.size == 1 else weight)
             if self.ordered:
                 waits = in_turn(self._turns, waits)
         elif self._alone:
@@ -144,6 +144,10 @@ class BucketReductions:
         if algorithm is not None or buffer.dtype not in chosen.algorithm.dtypes or elsewhere:
             chosen = self._choose(algorithm or self._algorithm, buffer)
         return chosen.run(buffer, Reduction("sum", weight), self._channels[number], device)
+
+    def channel_of(self, number: int) -> Channel:
+        """The messages of bucket ``number``."""
+        return self._channels[number]
 
     def _choose(self, algorithm: str, buffer: Buffer) -> Chosen:
         return choose(

@@ -1,10 +1,11 @@
-"""From ready gradients to reduced buckets: what is ready flies, nothing waits for an order."""
+"""From ready gradients to reduced buckets, each of which starts when its last gradient arrives."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
+from mpiddl.engine.bucket_reductions import BucketReductions
 from mpiddl.engine.engine import Engine
 from mpiddl.engine.work import Work
 from mpiddl.errors import GradientError
@@ -19,24 +20,22 @@ __all__ = ["Scheduler"]
 
 LEFT_OVER_SECONDS = 10.0
 
-Start = Callable[[Bucket], Work]
-"""Starts the all-reduce of a bucket."""
-
 
 class Scheduler:
     """Starts each bucket's all-reduce as soon as its last gradient is there.
 
     Args:
-        gradients: With their buckets, in plan order.
+        gradients: The gradients and their buckets, in plan order.
         names: The parameters' names, in model order, for errors.
         model: Number of the model, in events.
-        ordered: Start strictly in plan order, for algorithms that a library runs.
+        reductions: Starts the reduction of a bucket; where a library runs it, buckets are started
+            strictly in plan order.
         engine: Drives what was started.
         holds_back: Start nothing before the end of backward.
-        backwards: Of this model before this layout.
+        backwards: Number of backwards of this model before this layout.
 
     Attributes:
-        backwards: Those begun so far.
+        backwards: Number of backwards that have begun so far.
         arrived: Parameters in the order in which their gradients came in this backward.
         works: Of each bucket, in this backward; None before it is started.
         late: Whether the host runs ahead of the gradients.
@@ -49,7 +48,7 @@ class Scheduler:
         gradients: Gradients,
         names: Sequence[str],
         model: int,
-        ordered: bool,
+        reductions: BucketReductions,
         engine: Engine,
         holds_back: bool = False,
         backwards: int = 0,
@@ -60,9 +59,10 @@ class Scheduler:
         self._buckets = gradients.buckets
         self._names = names
         self._model = model
-        self._ordered = ordered
+        self._reductions = reductions
         self._engine = engine
-        self._started = 0  # with ordered: buckets started so far
+        self._weight = 1.0  # of this rank's gradients in this backward
+        self._started = 0  # buckets started so far, where that is in plan order
         self._came = [False] * len(names)
         self._holds_back = holds_back
         self._held: list[int] = []  # ready, and not taken in before the end of backward
@@ -72,8 +72,8 @@ class Scheduler:
         self.exposed = [0.0] * len(self._buckets)
         watchdog.watch(self.describe)
 
-    def begin(self) -> None:
-        """A backward starts: every bucket is filling.
+    def refuse_left_over(self) -> None:
+        """Complete what an earlier backward has left in flight.
 
         Raises:
             GradientError: An earlier backward raised in the middle, and its buckets are still in
@@ -89,6 +89,11 @@ class Scheduler:
                 "ranks have not sent theirs: the model cannot go on. Let the first error end "
                 "the job"
             )
+
+    def begin(self, weight: float) -> None:
+        """A backward starts: every bucket is filling, and this rank's gradients weigh ``weight``
+        in the sum over ranks."""
+        self._weight = weight
         self.works, self._started = [None] * len(self._buckets), 0
         self._came, self.arrived, self._held = [False] * len(self._came), [], []
         self.seconds = 0.0
@@ -97,7 +102,7 @@ class Scheduler:
         self.backwards += 1
         record(Kind.BACKWARD_BEGIN, self._model, value=self.backwards)
 
-    def ready(self, member: int, start: Start) -> None:
+    def ready(self, member: int) -> None:
         """Parameter ``member``'s gradient is complete on this rank.
 
         Raises:
@@ -123,49 +128,49 @@ class Scheduler:
             bucket.num_missing -= 1  # as most gradients: nothing to do yet
             return
         began = time.perf_counter()
-        self._launch(member, self._gradients.take(member), start)
+        self._launch(member, self._gradients.take(member))
         self._engine.nudge()
         if not self.late:
             self.seconds += time.perf_counter() - began
 
-    def no_more(self, start: Start) -> None:
+    def no_more(self) -> None:
         """Backward is over on this rank: start what was held back."""
         held, self._held = self._held, []
         for member in held:
-            self._launch(member, self._gradients.take(member), start)
+            self._launch(member, self._gradients.take(member))
             self._engine.nudge()
 
-    def contribute_nothing(self, members: Iterable[int], start: Start) -> None:
+    def contribute_nothing(self, members: Iterable[int]) -> None:
         """This rank has no gradients for ``members``: take part in their buckets all the same."""
         for member in members:
             self._came[member] = True
             if self.late:
                 self._gradients.came(member)
-            self._launch(member, self._gradients.take_nothing(member), start)
+            self._launch(member, self._gradients.take_nothing(member))
 
-    def _launch(self, member: int, buckets: Iterable[Bucket], start: Start) -> None:
+    def _launch(self, member: int, buckets: Iterable[Bucket]) -> None:
         for bucket in buckets:
             bucket.num_missing -= 1
             if not bucket.num_missing:
-                self._filled(bucket, member, start)
+                self._filled(bucket, member)
 
-    def _filled(self, bucket: Bucket, member: int, start: Start) -> None:
+    def _filled(self, bucket: Bucket, member: int) -> None:
         self._gradients.fill(bucket)
         bucket.state = State.READY
         record(Kind.READY, self._model, bucket.number, member)
-        if not self._ordered:
-            self._start(bucket, start)
+        if not self._reductions.ordered:
+            self._start(bucket)
             return
         while self._started < len(self._buckets):
             if self._buckets[self._started].state is not State.READY:
                 break
-            self._start(self._buckets[self._started], start)
+            self._start(self._buckets[self._started])
             self._started += 1
 
-    def _start(self, bucket: Bucket, start: Start) -> None:
+    def _start(self, bucket: Bucket) -> None:
         bucket.state = State.IN_FLIGHT
         record(Kind.IN_FLIGHT, self._model, bucket.number, bucket.buffer.nbytes)
-        self.works[bucket.number] = start(bucket)
+        self.works[bucket.number] = self._reductions.start(bucket, self._weight)
 
     @property
     def absent(self) -> list[int]:

@@ -9,8 +9,8 @@ import torch
 
 from mpiddl.base.plain import gapless
 from mpiddl.errors import GradientError
-from mpiddl.training.in_flight import InFlight
-from mpiddl.training.wrapping import wrapper_of
+from mpiddl.gradients.hooks import wrapper_of
+from mpiddl.gradients.in_flight import InFlight
 
 __all__ = ["clip_grad_norm_"]
 
@@ -55,7 +55,7 @@ def clip_grad_norm_(
     of = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
     for parameter in of:
         if type(parameter.grad) is InFlight:
-            wrapper_of(parameter).deferral.wait_for_gradients()
+            wrapper_of(parameter).strategy.late_step.wait_for_gradients()
     gradients = [parameter.grad for parameter in of if parameter.grad is not None]
     total = _norm(gradients, p)
     if error_if_nonfinite and not torch.isfinite(total):

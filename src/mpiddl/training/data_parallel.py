@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,18 +11,22 @@ from typing import Any
 import torch
 
 from mpiddl.base.compiled_names import in_names_of
+from mpiddl.base.waits import Waits
 from mpiddl.comm.world import World, current_world
+from mpiddl.compress.base import Codec, GradientBucket
+from mpiddl.compress.comm_hook import CommHook
+from mpiddl.gradients.hooks import NotWrapped
 from mpiddl.gradients.plan import BucketPlan
 from mpiddl.observe import flight_recorder
 from mpiddl.observe.events import Kind
 from mpiddl.observe.spans import span
-from mpiddl.training.comm_hooks import CommHook, hook_for_buckets
-from mpiddl.training.options import options_from
-from mpiddl.training.reducer import Reducer
-from mpiddl.training.state import broadcast_state
-from mpiddl.training.stats import Stats
-from mpiddl.training.weights import check_share
-from mpiddl.training.wrapping import NotWrapped
+from mpiddl.strategies.base import Strategy
+from mpiddl.strategies.options import options_from
+from mpiddl.strategies.replica import Replica, broadcast_state
+from mpiddl.strategies.stats import Stats
+from mpiddl.strategies.synchronous import Synchronous
+from mpiddl.strategies.weights import check_share
+from mpiddl.training.sync_batch_norm import adopt_batch_norms
 
 __all__ = ["DataParallel"]
 
@@ -67,6 +71,10 @@ class DataParallel(torch.nn.Module):
             is reduced, and name parameter and rank. One pass over the gradients.
         check_replicas_every: Backwards between two checks that all ranks have the same
             parameters, to the last bit; 0: never.
+        strategy: When and how replicas are made equal; default ``Synchronous``, whose options the
+            arguments above are.
+        compression: How each bucket is written for the wire and read back, such as
+            ``mpiddl.compress.BF16()``; default: as it is.
         trace: A folder; from now on every rank writes what it does, and when, into a file there
             (docs/tracing.md). The same as MPIDDL_TRACE, which begins at ``mpiddl.init()``.
 
@@ -98,6 +106,8 @@ class DataParallel(torch.nn.Module):
         rebuild_buckets: bool = True,
         nan_check: str = "off",
         check_replicas_every: int = 200,
+        strategy: Strategy | None = None,
+        compression: Codec | None = None,
         trace: str | Path | None = None,
     ) -> None:
         super().__init__()
@@ -119,13 +129,19 @@ class DataParallel(torch.nn.Module):
             broadcast_buffers=broadcast_buffers,
             rebuild_buckets=rebuild_buckets,
         )
-        self._reducer: Reducer | None = None
-        self._wrap()
+        # A strategy and a codec belong to one model: copies of this one get copies of them.
+        self._chosen = copy.copy(strategy), copy.copy(compression)
+        self._replica: Replica | None = None
+        self._wrap(strategy or Synchronous(self._options, compression))
 
-    def _wrap(self) -> Reducer:
-        self._reducer = Reducer(self.module, self.world, self._options)
+    def _wrap(self, strategy: Strategy | None = None) -> Replica:
+        if strategy is None:
+            chosen, codec = self._chosen
+            strategy = copy.copy(chosen) or Synchronous(self._options, copy.copy(codec))
+        adopt_batch_norms(self, self.module)
+        self._replica = Replica(self.module, self.world, strategy, self._options.nan_check)
         broadcast_state(self.module, self.world)
-        return self._reducer
+        return self._replica
 
     @property
     def world(self) -> World:
@@ -135,31 +151,57 @@ class DataParallel(torch.nn.Module):
         return self._world
 
     @property
-    def reducer(self) -> Reducer:
-        """What reduces the gradients; for the library's own use. Collective in a new copy."""
-        return self._reducer or self._wrap()
+    def replica(self) -> Replica:
+        """The hooks in this model; for the library's own use. Collective in a new copy."""
+        return self._replica or self._wrap()
+
+    @property
+    def strategy(self) -> Strategy:
+        """When and how replicas are made equal. Collective in a new copy."""
+        return self.replica.strategy
+
+    @property
+    def synchronous(self) -> Synchronous:
+        """The strategy, where it is the default one.
+
+        Raises:
+            ValueError: It is another one.
+        """
+        strategy = self.strategy
+        if not isinstance(strategy, Synchronous):
+            raise ValueError(
+                f"this needs the default strategy, and the model has {type(strategy).__name__}; "
+                "leave strategy= out of DataParallel"
+            )
+        return strategy
+
+    @property
+    def share(self) -> int:
+        """What this rank's loss weighs, in relation to other ranks'."""
+        samples = None if self._replica is None else self._replica.samples
+        return 1 if samples is None else samples
 
     @property
     def plan(self) -> BucketPlan:
         """Which gradient is in which bucket."""
-        return self.reducer.plan
+        return self.synchronous.plan
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         trains = self.training and torch.is_grad_enabled()
-        if self._reducer is None and torch.is_grad_enabled():
+        if self._replica is None and torch.is_grad_enabled():
             self._copy_begins()
-        if trains and self._reducer is not None:
+        if trains and self._replica is not None:
             self._forward_begins()
-        owes = self._reducer is not None and self._reducer.deferral is not None
+        owes = self._replica is not None and self._replica.strategy.late_step is not None
         if owes and (not trains or torch.compiler.is_compiling()):
             self._settle()  # what is compiled around this runs no hooks that could wait later
-        if torch.compiler.is_compiling() or self._reducer is None:
+        if torch.compiler.is_compiling() or self._replica is None:
             return self.module(*args, **kwargs)  # what can be measured here is not worth a break
-        began = self._reducer.accounts.clock()
-        with span(Kind.FORWARD_BEGIN, self._reducer.number):
+        began = self._replica.accounts.clock()
+        with span(Kind.FORWARD_BEGIN, self._replica.number):
             output = self.module(*args, **kwargs)
         if trains:
-            self._reducer.accounts.forward_ended(output, began)
+            self._replica.accounts.forward_ended(output, began)
         return output
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -174,7 +216,7 @@ class DataParallel(torch.nn.Module):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _forward_begins(self) -> None:
-        self.reducer.forward_begins()
+        self.replica.forward_begins()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _settle(self) -> None:
@@ -202,22 +244,22 @@ class DataParallel(torch.nn.Module):
             MismatchError: With MPIDDL_CHECK=1, or inside ``join()``: the parts of all ranks do not
                 add up to ``total``.
         """
-        reducer = self.reducer
-        if not reducer.synchronises or reducer.samples is not None:
+        replica = self.replica
+        if not replica.synchronises or replica.samples is not None:
             raise ValueError(
                 "model.batch() inside no_sync() or another batch(): gradients that are "
                 "accumulated cannot have weights of their own. Leave no_sync() out: two backward "
                 "calls equal one on the summed loss"
             )
         check_share(local, total, self.world)
-        reducer.samples, reducer.total = local, total
-        before = reducer.accounts.stats.backwards
+        replica.samples, replica.total = local, total
+        before = replica.backwards
         try:
             yield
-            if local == 0 and reducer.accounts.stats.backwards == before:
-                reducer.contribute_nothing()
+            if local == 0 and replica.backwards == before:
+                replica.contribute_nothing()
         finally:
-            reducer.samples = reducer.total = None
+            replica.samples = replica.total = None
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -226,52 +268,49 @@ class DataParallel(torch.nn.Module):
         Raises:
             ValueError: Inside ``batch()``, as there.
         """
-        reducer = self.reducer
-        if reducer.samples is not None:
+        replica = self.replica
+        if replica.samples is not None:
             raise ValueError("no_sync() inside model.batch(): see model.batch()")
-        before, reducer.synchronises = reducer.synchronises, False
+        before, replica.synchronises = replica.synchronises, False
         try:
             yield
         finally:
-            reducer.synchronises = before
+            replica.synchronises = before
 
-    def register_comm_hook(self, state: Any, hook: CommHook) -> None:
-        """Let ``hook(state, bucket)`` reduce each bucket; see ``mpiddl.training.comm_hooks``.
+    def register_comm_hook(
+        self, state: Any, hook: Callable[[Any, GradientBucket], Waits[None]]
+    ) -> None:
+        """Let ``hook(state, bucket)`` reduce each bucket; see ``mpiddl.compress.CommHook``.
 
         Every rank registers the same hook, between two backwards. The next one takes its place.
 
         Raises:
             TypeError: It cannot be called. (One that is no generator fails at its first bucket.)
         """
-        reducer = self.reducer
-        reducer.reductions.hook = hook_for_buckets(state, hook, reducer.reductions.all_reduce)
+        self.synchronous.use_codec(CommHook(state, hook))
 
     def synchronize(self) -> None:
         """Wait until all parameters are updated, where an ``OverlappedOptimizer`` steps them."""
-        if self._reducer is not None and self._reducer.deferral is not None:
-            self._reducer.deferral.synchronize()
+        if self._replica is not None:
+            self._replica.strategy.synchronize()
 
     def stats(self) -> Stats:
         """What the exchange has cost since the model was wrapped."""
-        return Stats() if self._reducer is None else copy.deepcopy(self._reducer.count())
+        return Stats() if self._replica is None else copy.deepcopy(self._replica.strategy.count())
 
     def choices(self) -> dict[str, Any]:
         """What was found out in the first steps, about buckets and engine: plain JSON."""
-        return self.reducer.plans.describe()
+        return self.strategy.state_dict()
 
     def adopt_choices(self, found: Mapping[str, Any]) -> None:
         """Begin with what ``choices()`` told in an earlier job, on as many ranks. Collective."""
-        self.synchronize()
-        reducer = self.reducer
-        reducer.plan_ahead(*reducer.plans.adopt(reducer.plan, found))
+        self.strategy.load_state_dict(dict(found))
 
     def unwrap(self) -> torch.nn.Module:
         """Take the hooks off and return the model inside. Collective; the wrapper is of no use
         afterwards, and the model can be wrapped again."""
-        if self._reducer is not None:
-            if self._reducer.deferral is not None:
-                self._reducer.deferral.close()
-            self._reducer.close()
+        if self._replica is not None:
+            self._replica.close()
         return self.module
 
     # A module like the one inside.
@@ -308,7 +347,7 @@ class DataParallel(torch.nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         self.synchronize()
-        return {**self.__dict__, "_world": None, "_reducer": None, "_not_wrapped": None}
+        return {**self.__dict__, "_world": None, "_replica": None, "_not_wrapped": None}
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -8,9 +8,9 @@ import torch
 
 from mpiddl.api.objects import gather_json
 from mpiddl.comm.world import World, current_world
-from mpiddl.training.checksums import refuse_difference
+from mpiddl.gradients.checksums import refuse_difference
+from mpiddl.gradients.state import named_state
 from mpiddl.training.data_parallel import DataParallel
-from mpiddl.training.state import named_state
 
 __all__ = ["check"]
 

@@ -18,11 +18,11 @@ from mpiddl.api.all_gather import all_gather
 from mpiddl.api.all_reduce import all_reduce
 from mpiddl.comm.world import World
 from mpiddl.errors import MismatchError
+from mpiddl.strategies.weights import attendance_of
 
 __all__ = [
     "Announced",
     "Announcements",
-    "JoinBlock",
     "Joinable",
     "Operation",
     "all_gather_rows",
@@ -92,6 +92,8 @@ class Announcements:
         divide_by_world_size: Gradients are divided by the number of all ranks, also when some
             have left.
     """
+
+    complete = False  # ranks that have left do not come to everything
 
     def __init__(
         self, world: World, models: Sequence[Joinable], divide_by_world_size: bool = False
@@ -196,20 +198,10 @@ def _different(rows: Sequence[Sequence[int]], one: int, other: int) -> MismatchE
     )
 
 
-class JoinBlock:
-    """Whether the ranks of a world are inside ``join``.
-
-    Attributes:
-        announcements: Where they announce their collectives; None outside ``join``.
-    """
-
-    def __init__(self, world: World) -> None:
-        self.announcements: Announcements | None = None
-
-
 def announcements_of(world: World) -> Announcements | None:
     """Where to announce collectives of ``world``; None outside ``join``."""
-    return world.service(JoinBlock).announcements
+    attendance = attendance_of(world)
+    return attendance if isinstance(attendance, Announcements) else None
 
 
 def all_gather_rows(row: torch.Tensor, world: World) -> torch.Tensor:

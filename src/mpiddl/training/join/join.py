@@ -10,16 +10,16 @@ import torch
 from mpiddl.api.all_gather import all_gather
 from mpiddl.api.all_reduce import all_reduce
 from mpiddl.comm.world import World
+from mpiddl.strategies.replica import broadcast_state
+from mpiddl.strategies.weights import attend
 from mpiddl.training.data_parallel import DataParallel
 from mpiddl.training.join.announcements import (
     Announcements,
     Joinable,
-    JoinBlock,
     Operation,
     announcements_of,
 )
 from mpiddl.training.join.optimizer_state import Stateful, broadcast_plain_state
-from mpiddl.training.state import broadcast_state
 from mpiddl.training.sync_batch_norm import SyncBatchNorm
 
 __all__ = ["join"]
@@ -71,13 +71,13 @@ def join(
     world = announcements.world
     for model in announcements.models:
         model.begin_together()
-    world.service(JoinBlock).announcements = announcements
+    attend(world, announcements)
     try:
         yield
         # Not after an exception: the others could not be told of it here. It ends the job.
         _shadow(announcements)
     finally:
-        world.service(JoinBlock).announcements = None
+        attend(world, None)
     wrapped = [model for model in models if isinstance(model, DataParallel)]  # they all are
     _make_equal(announcements, wrapped, optimizers)
 
@@ -113,7 +113,7 @@ def _checked(models: Sequence[torch.nn.Module]) -> list[Joinable]:
                     f"layer {name!r} takes its statistics over other ranks than the model's; "
                     "inside join() ranks that have left would not take part"
                 )
-        checked.append(model.reducer)
+        checked.append(model.replica)
     return checked
 
 

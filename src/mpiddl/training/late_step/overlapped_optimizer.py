@@ -15,7 +15,7 @@ from mpiddl.launch.exit import at_clean_exit
 from mpiddl.observe.events import Kind, record
 from mpiddl.training.data_parallel import DataParallel
 from mpiddl.training.late_step.own_hooks import OwnHook
-from mpiddl.training.late_step.parameter_use import Needs
+from mpiddl.training.late_step.parameter_use import ParameterUse
 from mpiddl.training.late_step.step_units import Group, StepUnits, clear, copied
 
 __all__ = ["OverlappedOptimizer"]
@@ -49,7 +49,8 @@ class OverlappedOptimizer(torch.optim.Optimizer):
 
     Raises:
         TypeError: ``model`` is not a ``DataParallel``.
-        ValueError: Its gradients are overlapped already, or LBFGS.
+        ValueError: Its gradients are overlapped already, its strategy is not the default one, or
+            LBFGS.
 
     Source:
         Peng et al., "A generic communication scheduler for distributed DNN training acceleration",
@@ -67,21 +68,22 @@ class OverlappedOptimizer(torch.optim.Optimizer):
             raise TypeError(f"expected a mpiddl.DataParallel, got {type(model).__name__}")
         if issubclass(optimizer_class, torch.optim.LBFGS):
             raise ValueError("LBFGS looks at all parameters together: they cannot be stepped apart")
-        if model.reducer.deferral is not None:
+        strategy = model.synchronous
+        if strategy.late_step is not None:
             raise ValueError("this model has an OverlappedOptimizer already")
         self.optimizer = optimizer_class(model.parameters() if params is None else params, **kwargs)
         self._optimizer_step_pre_hooks = OrderedDict()
         self._optimizer_step_post_hooks = OrderedDict()
-        self._reducer = model.reducer
-        self._units = StepUnits(model.reducer, self.optimizer.param_groups)
+        self._strategy = strategy
+        self._units = StepUnits(strategy, self.optimizer.param_groups)
         self._pending: dict[int, None] = {}  # units whose buckets nobody has waited for
         self._unstepped: set[int] = set()
         self._due: list[Group] | None = None  # groups as they were at the step that is owed
         self._changes: list[Group] = []  # what the step has made of them
         self._zeroes: bool | None = None  # set_to_none of the zero_grad() that is owed
         self._root = model.module
-        self._needs = Needs(self._root, self._wait_for)
-        model.reducer.deferral = self
+        self._use = ParameterUse(self._root, self._wait_for)
+        strategy.late_step = self
         self._hooks = [
             register(OwnHook(lambda *_: self.synchronize()))  # type: ignore[no-untyped-call]
             for register in (
@@ -94,19 +96,19 @@ class OverlappedOptimizer(torch.optim.Optimizer):
             self._hooks += [
                 self._root.register_forward_pre_hook(OwnHook(self._root_begins), prepend=True),
                 self._root.register_forward_hook(
-                    OwnHook(lambda *_: self._needs.end()), always_call=True
+                    OwnHook(lambda *_: self._use.end()), always_call=True
                 ),
             ]
         self.world = model.world
         self.world.at_close(_finish_all)
 
-    # What the reducer calls.
+    # What the strategy calls.
 
     def backward_ended(self) -> None:
         """All buckets are in flight or complete; nobody may look at the gradients."""
-        if self._units.gradients is not self._reducer.gradients:
-            self._units = StepUnits(self._reducer, self.optimizer.param_groups)
-        for parameter, hidden in zip(self._reducer.parameters, self._units.hidden, strict=True):
+        if self._units.gradients is not self._strategy.gradients:
+            self._units = StepUnits(self._strategy, self.optimizer.param_groups)
+        for parameter, hidden in zip(self._strategy.parameters, self._units.hidden, strict=True):
             parameter.grad = hidden
         # What the next forward needs first comes first.
         self._pending = dict.fromkeys(reversed(range(len(self._units.members))))
@@ -122,8 +124,8 @@ class OverlappedOptimizer(torch.optim.Optimizer):
     def close(self) -> None:
         """The model is not exchanged any more."""
         self.synchronize()
-        self._reducer.deferral = None
-        for hook in (*self._hooks, self._needs):
+        self._strategy.late_step = None
+        for hook in (*self._hooks, self._use):
             hook.remove()
 
     # What users call.
@@ -145,7 +147,7 @@ class OverlappedOptimizer(torch.optim.Optimizer):
             self._due = [copied(group) for group in groups]
             self._changes = [{} for _ in groups]
             self._step_on(self._units.others)
-            scheduler = self._reducer.scheduler
+            scheduler = self._strategy.scheduler
             for unit in sorted(self._unstepped, reverse=True):
                 if unit not in self._pending:
                     self._step(unit)
@@ -173,7 +175,7 @@ class OverlappedOptimizer(torch.optim.Optimizer):
         for unit in list(self._pending):
             self._finish(unit)
         _owing.discard(self)
-        self._reducer.wait_for_buffers()
+        self._strategy.wait_for_buffers()
 
     def synchronize(self) -> None:
         """Wait until all parameters are updated, as far as ``step()`` was called."""
@@ -193,7 +195,7 @@ class OverlappedOptimizer(torch.optim.Optimizer):
         """As for the plain optimizer."""
         self.synchronize()
         self.optimizer.add_param_group(param_group)
-        self._units = StepUnits(self._reducer, self.optimizer.param_groups)
+        self._units = StepUnits(self._strategy, self.optimizer.param_groups)
 
     @property
     def param_groups(self) -> list[Group]:  # type: ignore[override]
@@ -245,11 +247,11 @@ class OverlappedOptimizer(torch.optim.Optimizer):
     def _finish(self, unit: int) -> None:
         """Wait for the gradients of one unit, and update its parameters if that is due."""
         del self._pending[unit]
-        reducer, units = self._reducer, self._units
-        reducer.accounts.wait(reducer.scheduler, units.buckets[unit])
-        untouched = set(reducer.unused.untouched)
+        strategy, units = self._strategy, self._units
+        strategy.wait(units.buckets[unit])
+        untouched = set(strategy.unused.untouched)
         for member in units.members[unit]:
-            parameter = reducer.parameters[member]
+            parameter = strategy.parameters[member]
             if parameter.grad is None:  # model.zero_grad()
                 self._zeroes = True
             parameter.grad = None if member in untouched else units.gradients.views[member]
@@ -261,7 +263,7 @@ class OverlappedOptimizer(torch.optim.Optimizer):
     def _step(self, unit: int) -> None:
         self._step_on(self._units.groups[unit])
         last = max(bucket.number for bucket in self._units.buckets[unit])
-        record(Kind.STEP, self._reducer.number, last)
+        record(Kind.STEP, self._strategy.replica.number, last)
         self._unstepped.discard(unit)
         if self._zeroes is not None:
             clear(self._units.parameters[unit], self._zeroes)
@@ -290,12 +292,12 @@ class OverlappedOptimizer(torch.optim.Optimizer):
     # What forwards wait for.
 
     def _root_begins(self, root: torch.nn.Module, _args: object) -> None:
-        self._reducer.wait_for_buffers()
+        self._strategy.wait_for_buffers()
         trains = root.training and torch.is_grad_enabled()
-        if not trains or not self._needs.learnt:  # evaluation takes short cuts past modules
+        if not trains or not self._use.learnt:  # evaluation takes short cuts past modules
             self.synchronize()
         if trains and self._learns:
-            self._needs.begin()
+            self._use.begin()
 
     def _wait_for(self, parameters: Sequence[torch.Tensor]) -> None:
         """Until they are updated: a forward is about to use them."""
@@ -305,7 +307,7 @@ class OverlappedOptimizer(torch.optim.Optimizer):
             unit = self._units.unit_of.get(id(parameter))
             if unit is not None and unit in self._pending:
                 self._finish(unit)
-        self._reducer.engine.nudge()
+        self._strategy.engine.nudge()
 
 
 _owing: set[OverlappedOptimizer] = set()

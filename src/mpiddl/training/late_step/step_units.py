@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from mpiddl.training.in_flight import guard
-from mpiddl.training.reducer import Reducer
+from mpiddl.gradients.in_flight import guard
+from mpiddl.strategies.synchronous import Synchronous
 
 __all__ = ["Group", "StepUnits", "clear", "copied"]
 
@@ -30,15 +30,15 @@ class StepUnits:
         hidden: By parameter, what ``grad`` is while it is in flight.
     """
 
-    def __init__(self, reducer: Reducer, groups: Sequence[Group]) -> None:
-        self.gradients = gradients = reducer.gradients
+    def __init__(self, strategy: Synchronous, groups: Sequence[Group]) -> None:
+        self.gradients = gradients = strategy.gradients
         self.hidden = [guard(view) for view in gradients.views]
         by_bucket: dict[int, list[int]] = {}
-        for member in range(len(reducer.parameters)):
+        for member in range(len(strategy.parameters)):
             last = max(bucket.number for bucket in gradients.buckets_of(member))
             by_bucket.setdefault(last, []).append(member)
         self.members = [by_bucket[number] for number in sorted(by_bucket)]
-        self.parameters = [[reducer.parameters[m] for m in members] for members in self.members]
+        self.parameters = [[strategy.parameters[m] for m in members] for members in self.members]
         self.buckets = [
             list({b.number: b for m in members for b in gradients.buckets_of(m)}.values())
             for members in self.members

@@ -1,48 +1,45 @@
-"""What happens once, when a model is wrapped: checks, agreement between ranks, hooks."""
+"""Hooks in parameters and optimizers: the wrapper of a model hears of its gradients and steps."""
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from mpiddl.collectives.reduction import FLOATS
 from mpiddl.devices.registry import device_of
-from mpiddl.engine.control import Control
 from mpiddl.errors import GradientError, UnsupportedBufferError
-from mpiddl.gradients import agreement
-from mpiddl.gradients.arena import spec_of
-from mpiddl.gradients.plan import BucketPlan
-from mpiddl.observe.events import Kind, describe, record
-from mpiddl.training.state import named_state, why_not_plain
+from mpiddl.gradients.state import named_state, why_not_plain
 
 __all__ = [
     "NotWrapped",
-    "agree_on_plan",
     "attach",
-    "describe_plan",
     "detach",
     "trained_parameters",
+    "watch_steps",
     "watched_parameters",
     "wrapper_of",
 ]
 
 
 class _Wrapper(Protocol):
-    """What a hook needs of the wrapper."""
+    """The methods that hooks call."""
 
-    def gradient_ready(self, member: int, parameter: torch.nn.Parameter) -> None: ...
+    def gradient_ready(self, member: int, parameter: torch.nn.Parameter) -> None:
+        """Autograd has finished the gradient of ``parameter``."""
 
 
 class _Hooked(NamedTuple):
-    """Of a parameter. A living wrapper keeps its parameters.
+    """A hook in a parameter. A living wrapper keeps its parameters alive.
 
     Attributes:
-        wrapper: Who is told of its gradients.
-        handle: The hook.
-        reduces: Whether the wrapper reduces them, or only watches a frozen parameter.
+        wrapper: The wrapper that hears of the gradients.
+        handle: Removes the hook.
+        reduces: Whether the wrapper reduces the gradients, or only watches a frozen parameter.
     """
 
     wrapper: weakref.ReferenceType[Any]
@@ -51,7 +48,7 @@ class _Hooked(NamedTuple):
 
 
 _hooks: dict[int, _Hooked] = {}
-"""By a parameter's identity."""
+"""All hooks of this process, by the identity of the parameter."""
 
 
 def trained_parameters(
@@ -125,51 +122,22 @@ def watched_parameters(
     ]
 
 
-def agree_on_plan(
-    module: torch.nn.Module,
-    plan: BucketPlan,
-    algorithm: str,
-    sparse: Collection[str],
-    control: Control,
-) -> None:
-    """Stop on every rank if they wrap different models. Collective.
-
-    Raises:
-        MismatchError: Names the first parameter, buffer or bucket that differs.
-    """
-    state = [spec_of(name, tensor) for name, tensor in named_state(module)]
-    lines = agreement.describe(plan, state, algorithm, sparse)
-    digests = control.gather_json(agreement.digest(lines))
-    if any(theirs != digests[0] for theirs in digests):  # only then send them whole
-        raise agreement.first_difference(control.gather_json(lines))
-
-
-def describe_plan(model: int, plan: BucketPlan, tags: Sequence[int]) -> None:
-    """Tell readers of events which parameters are in which bucket of model ``model``."""
-    specs = plan.parameters
-    nbytes = [bucket.length * specs[bucket.members[0]].itemsize for bucket in plan.buckets]
-    buckets = [
-        {"members": bucket.members, "nbytes": length, "tag": tag}
-        for bucket, length, tag in zip(plan.buckets, nbytes, tags, strict=False)
-    ]
-    describe(model, [spec.name for spec in specs], buckets)
-    record(Kind.PLAN, model, len(buckets), sum(nbytes))
-
-
 def attach(
     wrapper: _Wrapper,
     names: Sequence[str],
     parameters: Sequence[torch.nn.Parameter],
     num_reduced: int,
 ) -> None:
-    """Tell ``wrapper`` of every gradient. The hooks do not keep it alive, but miss it.
+    """Call ``wrapper.gradient_ready`` for every gradient.
+
+    The hooks hold a weak reference to the wrapper, and raise an error once it is gone.
 
     Args:
-        wrapper: Who is told.
-        names: Of the parameters.
-        parameters: Those whose gradients it reduces, then frozen ones that it only watches: a
-            parameter may be unfrozen at any time before a backward.
-        num_reduced: How many are reduced.
+        wrapper: The wrapper that is called.
+        names: Names of these parameters.
+        parameters: Parameters whose gradients the wrapper reduces, then frozen ones that it only
+            watches: a parameter may be unfrozen at any time before a backward.
+        num_reduced: Number of parameters whose gradients are reduced.
     """
     reference = weakref.ref(wrapper)
     for member, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
@@ -202,7 +170,7 @@ def attach(
 
 
 def wrapper_of(parameter: torch.Tensor) -> Any:
-    """Who reduces the gradients of ``parameter``; None if nobody does."""
+    """The wrapper that reduces the gradients of ``parameter``; None if there is none."""
     hooked = _hooks.get(id(parameter))
     return hooked.wrapper() if hooked is not None and hooked.reduces else None
 
@@ -211,7 +179,7 @@ class NotWrapped:
     """Refuses the gradients of a copy of a model that is evaluated and was not wrapped yet.
 
     Args:
-        module: The copy.
+        module: That copy.
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
@@ -240,3 +208,32 @@ def _remove(parameter: torch.nn.Parameter) -> None:
     hooked = _hooks.pop(id(parameter), None)
     if hooked is not None:
         hooked.handle.remove()
+
+
+@functools.cache
+def watch_steps() -> None:
+    """From now on call ``step_begins(optimizer, in_backward)`` of the wrappers whose parameters an
+    optimizer of torch's is about to step, in this whole process.
+
+    So steps of gradients that no rank has reduced are found.
+    """
+    register_optimizer_step_pre_hook(_step_begins)
+
+
+def _step_begins(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+    if torch.compiler.is_compiling():
+        return  # a step that is compiled: what it is called from is not seen here
+    in_backward = torch._C._current_graph_task_id() != -1
+    for wrapper in _wrappers_of(optimizer, every_parameter=in_backward):
+        wrapper.step_begins(optimizer, in_backward)
+
+
+def _wrappers_of(optimizer: torch.optim.Optimizer, every_parameter: bool) -> Iterator[Any]:
+    """The wrappers of its parameters, or of the first in each group alone, which costs nothing."""
+    seen = set()
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if every_parameter else group["params"][:1]:
+            wrapper = wrapper_of(parameter)
+            if wrapper is not None and id(wrapper) not in seen:
+                seen.add(id(wrapper))
+                yield wrapper

@@ -20,7 +20,7 @@ from mpiddl.devices.base import Buffer, Device
 from mpiddl.devices.registry import device_of
 from mpiddl.engine.control import Control
 from mpiddl.engine.work import Work
-from mpiddl.training.state import why_not_plain
+from mpiddl.gradients.state import why_not_plain
 
 __all__ = ["BufferBroadcast"]
 

@@ -13,7 +13,7 @@ from mpiddl.comm.tuning import read_training, write_training
 from mpiddl.comm.world import World
 from mpiddl.engine.control import Control
 from mpiddl.engine.engine import may_thread
-from mpiddl.training.options import Options
+from mpiddl.strategies.options import Options
 
 __all__ = ["Calibration", "Choice", "fastest"]
 

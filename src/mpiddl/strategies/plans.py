@@ -1,18 +1,23 @@
-"""Which buckets a model has, and how that changes in the first steps."""
+"""Which buckets a model has: the same on every rank, and others after the first steps."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
+
+import torch
 
 from mpiddl.comm.world import World
 from mpiddl.engine.control import Control
 from mpiddl.gradients import agreement
+from mpiddl.gradients.arena import spec_of
 from mpiddl.gradients.plan import BucketPlan, ParameterSpec, plan_buckets
-from mpiddl.training.calibration import Calibration, Choice
-from mpiddl.training.options import Options
+from mpiddl.gradients.state import named_state
+from mpiddl.observe.events import Kind, describe, record
+from mpiddl.strategies.calibration import Calibration, Choice
+from mpiddl.strategies.options import Options
 
-__all__ = ["Plans"]
+__all__ = ["Plans", "agree_on_plan", "describe_plan"]
 
 
 class Plans:
@@ -84,3 +89,34 @@ class Plans:
             return None
         choice = choice or self._calibration.present
         return plan_buckets(plan.parameters, choice.bucket_size, order=self._order), choice
+
+
+def agree_on_plan(
+    module: torch.nn.Module,
+    plan: BucketPlan,
+    algorithm: str,
+    sparse: Collection[str],
+    control: Control,
+) -> None:
+    """Stop on every rank if they wrap different models. Collective.
+
+    Raises:
+        MismatchError: Names the first parameter, buffer or bucket that differs.
+    """
+    state = [spec_of(name, tensor) for name, tensor in named_state(module)]
+    lines = agreement.describe(plan, state, algorithm, sparse)
+    digests = control.gather_json(agreement.digest(lines))
+    if any(theirs != digests[0] for theirs in digests):  # only then send them whole
+        raise agreement.first_difference(control.gather_json(lines))
+
+
+def describe_plan(model: int, plan: BucketPlan, tags: Sequence[int]) -> None:
+    """Tell readers of events which parameters are in which bucket of model ``model``."""
+    specs = plan.parameters
+    nbytes = [bucket.length * specs[bucket.members[0]].itemsize for bucket in plan.buckets]
+    buckets = [
+        {"members": bucket.members, "nbytes": length, "tag": tag}
+        for bucket, length, tag in zip(plan.buckets, nbytes, tags, strict=False)
+    ]
+    describe(model, [spec.name for spec in specs], buckets)
+    record(Kind.PLAN, model, len(buckets), sum(nbytes))

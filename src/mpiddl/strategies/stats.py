@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,7 +64,7 @@ class Accounts:
     """Keeps a model's statistics.
 
     Attributes:
-        stats: They.
+        stats: The sums so far.
     """
 
     def __init__(self) -> None:
@@ -92,16 +92,14 @@ class Accounts:
             self._exposes = False
             self.stats.exposed_seconds += self.clock() - began
 
-    def wait(self, scheduler: Scheduler, buckets: Collection[Bucket] | None = None) -> None:
-        """Wait for these buckets, or all. It is exposed, but for what a GPU still computes."""
-        with self.exposed():
-            if scheduler.late:
-                began = time.perf_counter()
-                scheduler.outlast(buckets)
-                seconds = time.perf_counter() - began
-                self._outlasted += seconds
-                self.stats.compute_seconds += seconds
-            scheduler.wait(buckets)
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """What is done inside waits for what a GPU computes: it is not exposed."""
+        began = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - began
+        self._outlasted += seconds
+        self.stats.compute_seconds += seconds
 
     def forward_ended(self, output: Any, began: float) -> None:
         """A forward that is trained has run since ``began``; its backward will count too."""

@@ -1,4 +1,4 @@
-"""A model's parameters and buffers, and how they become equal on all ranks."""
+"""A model's parameters and buffers, and which of them ranks can exchange."""
 
 from __future__ import annotations
 
@@ -7,15 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from mpiddl.base.plain import gapless, overwrite
-from mpiddl.collectives.broadcast import broadcast
-from mpiddl.collectives.channel import Channel, bytes_of
-from mpiddl.collectives.choose import chunk_bytes_for
-from mpiddl.comm.world import World
-from mpiddl.devices.registry import device_of
-from mpiddl.engine.engine import engine_of
-
-__all__ = ["NotPlain", "broadcast_state", "named_state", "why_not_plain"]
+__all__ = ["NotPlain", "named_state", "why_not_plain"]
 
 
 def named_state(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -49,19 +41,3 @@ def why_not_plain(tensor: torch.Tensor) -> NotPlain | None:
     if tensor.is_quantized or tensor.is_nested:
         return NotPlain("a quantized tensor" if tensor.is_quantized else "a nested tensor", apart)
     return None
-
-
-def broadcast_state(model: torch.nn.Module, world: World, root: int = 0) -> None:
-    """Rank ``root``'s parameters and buffers on every rank. Collective; all in flight at once."""
-    engine = engine_of(world)
-    copies = [(tensor.detach(), gapless(tensor)) for _, tensor in named_state(model)]
-    works = []
-    for _, copy in copies:
-        channel = Channel(world, world.tags.foreground())
-        device = device_of(copy)
-        waits = broadcast(bytes_of(copy), root, channel, chunk_bytes_for(device, world))
-        works.append(engine.submit(waits, world, device=device))
-    for work, (tensor, copy) in zip(works, copies, strict=True):
-        work.wait()
-        if copy.data_ptr() != tensor.data_ptr():
-            overwrite(tensor, copy)

@@ -9,16 +9,16 @@ import torch
 
 from mpiddl.errors import GradientError
 
-__all__ = ["Roster"]
+__all__ = ["ModelGuard"]
 
 
-class Roster:
+class ModelGuard:
     """The parameters of a model as they were, to compare with whenever it is trained.
 
     Works on the modules' own dictionaries: ``named_parameters()`` takes ten times as long.
 
     Args:
-        module: The model.
+        module: The model as it is now.
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
