@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
@@ -32,12 +33,23 @@ from mpiddl.strategies.sparse import sparse_weights
 from mpiddl.strategies.stats import Accounts
 from mpiddl.strategies.weights import attendance_of, refuse_left_out
 
-if TYPE_CHECKING:
-    from mpiddl.strategies.base import Strategy
-
 __all__ = ["Replica", "broadcast_state"]
 
 _number_of_backward = torch._C._current_graph_task_id
+
+
+class _Listener(Protocol):
+    """The methods of a ``Strategy`` that are called here."""
+
+    def bind(self, replica: Replica) -> None: ...
+    def plan_changed(self) -> None: ...
+    def forward_begins(self) -> None: ...
+    def backward_begins(self, takes_part: bool) -> None: ...
+    def gradient_ready(self, member: int) -> None: ...
+    def backward_ended(self) -> None: ...
+    def step_begins(self, optimizer: torch.optim.Optimizer, in_backward: bool) -> None: ...
+    def synchronize(self) -> None: ...
+    def close(self) -> None: ...
 
 
 class Replica:
@@ -46,7 +58,8 @@ class Replica:
     Args:
         module: The model.
         world: The ranks that have a copy of it.
-        strategy: Hears of the gradients.
+        strategy: Hears of the gradients. It keeps this object alive, not the other way round: when
+            the wrapper of a model is dropped, its hooks must know.
         nan_check: ``"off"``, ``"warn"`` or ``"error"`` where a gradient is not finite.
 
     Attributes:
@@ -64,13 +77,13 @@ class Replica:
     """
 
     def __init__(
-        self, module: torch.nn.Module, world: World, strategy: Strategy, nan_check: str
+        self, module: torch.nn.Module, world: World, strategy: _Listener, nan_check: str
     ) -> None:
         watch_steps()
         self.number = new_model()
         self.module = module
         self.world = world
-        self.strategy = strategy
+        self._strategy = weakref.ref(strategy)
         self.samples: int | None = None
         self.total: int | None = None
         self.weight = 1 / world.size
@@ -88,6 +101,13 @@ class Replica:
         self.control = Control(world)
         strategy.bind(self)
         self._hook()
+
+    @property
+    def strategy(self) -> _Listener:
+        """The strategy that this replica is bound to."""
+        strategy = self._strategy()
+        assert strategy is not None, "whoever has a replica has its strategy"
+        return strategy
 
     def _hook(self) -> None:
         """Hear of the parameters that are trained now. Collective."""

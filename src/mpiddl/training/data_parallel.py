@@ -132,6 +132,7 @@ class DataParallel(torch.nn.Module):
         # A strategy and a codec belong to one model: copies of this one get copies of them.
         self._chosen = copy.copy(strategy), copy.copy(compression)
         self._replica: Replica | None = None
+        self._strategy: Strategy | None = None
         self._wrap(strategy or Synchronous(self._options, compression))
 
     def _wrap(self, strategy: Strategy | None = None) -> Replica:
@@ -139,6 +140,7 @@ class DataParallel(torch.nn.Module):
             chosen, codec = self._chosen
             strategy = copy.copy(chosen) or Synchronous(self._options, copy.copy(codec))
         adopt_batch_norms(self, self.module)
+        self._strategy = strategy
         self._replica = Replica(self.module, self.world, strategy, self._options.nan_check)
         broadcast_state(self.module, self.world)
         return self._replica
@@ -158,7 +160,10 @@ class DataParallel(torch.nn.Module):
     @property
     def strategy(self) -> Strategy:
         """When and how replicas are made equal. Collective in a new copy."""
-        return self.replica.strategy
+        if self._strategy is None:
+            self._wrap()
+        assert self._strategy is not None
+        return self._strategy
 
     @property
     def synchronous(self) -> Synchronous:
@@ -192,7 +197,7 @@ class DataParallel(torch.nn.Module):
             self._copy_begins()
         if trains and self._replica is not None:
             self._forward_begins()
-        owes = self._replica is not None and self._replica.strategy.late_step is not None
+        owes = self._strategy is not None and self._strategy.late_step is not None
         if owes and (not trains or torch.compiler.is_compiling()):
             self._settle()  # what is compiled around this runs no hooks that could wait later
         if torch.compiler.is_compiling() or self._replica is None:
@@ -291,12 +296,12 @@ class DataParallel(torch.nn.Module):
 
     def synchronize(self) -> None:
         """Wait until all parameters are updated, where an ``OverlappedOptimizer`` steps them."""
-        if self._replica is not None:
-            self._replica.strategy.synchronize()
+        if self._strategy is not None:
+            self._strategy.synchronize()
 
     def stats(self) -> Stats:
         """What the exchange has cost since the model was wrapped."""
-        return Stats() if self._replica is None else copy.deepcopy(self._replica.strategy.count())
+        return Stats() if self._strategy is None else copy.deepcopy(self._strategy.count())
 
     def choices(self) -> dict[str, Any]:
         """What was found out in the first steps, about buckets and engine: plain JSON."""
@@ -347,7 +352,13 @@ class DataParallel(torch.nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         self.synchronize()
-        return {**self.__dict__, "_world": None, "_replica": None, "_not_wrapped": None}
+        return {
+            **self.__dict__,
+            "_world": None,
+            "_replica": None,
+            "_strategy": None,
+            "_not_wrapped": None,
+        }
 
     def __getattr__(self, name: str) -> Any:
         try:
