@@ -18,7 +18,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from mpiddl import checkpoint as checkpoint
+    from mpiddl import compress as compress
     from mpiddl import data as data
+    from mpiddl import strategies as strategies
     from mpiddl.api.all_gather import all_gather as all_gather
     from mpiddl.api.all_reduce import all_reduce as all_reduce
     from mpiddl.api.all_to_all import all_to_all as all_to_all
@@ -65,6 +67,7 @@ _HOMES = {
     "broadcast": "mpiddl.api.broadcast",
     "broadcast_json": "mpiddl.api.objects",
     "checkpoint": "mpiddl.checkpoint",
+    "compress": "mpiddl.compress",
     "clip_grad_norm_": "mpiddl.training.clipping",
     "data": "mpiddl.data",
     "empty": "mpiddl.api.empty",
@@ -78,6 +81,7 @@ _HOMES = {
     "replicas": "mpiddl.training.replicas",
     "scatter": "mpiddl.api.scatter",
     "seed": "mpiddl.data.loading.seeds",
+    "strategies": "mpiddl.strategies",
     "send": "mpiddl.api.send_recv",
 }
 
@@ -98,6 +102,7 @@ __all__ = [
     "broadcast_json",
     "checkpoint",
     "clip_grad_norm_",
+    "compress",
     "data",
     "empty",
     "gather",
@@ -111,6 +116,7 @@ __all__ = [
     "scatter",
     "seed",
     "send",
+    "strategies",
 ]
 
 

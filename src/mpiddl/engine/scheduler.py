@@ -80,7 +80,9 @@ class Scheduler:
                 flight: writing to them now would spoil what other ranks receive.
         """
         # Where all ranks met the same error all have sent the same buckets, and they complete.
-        works = [work for work in self.works if work is not None]
+        works = [work for work in self.works if work is not None and not work.complete]
+        if not works:
+            return
         until = time.monotonic() + LEFT_OVER_SECONDS
         self._engine.drive(works, lambda: time.monotonic() > until)
         if not all(work.complete for work in works):
