@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import platform
 import secrets
+import socket
 import time
 from typing import TYPE_CHECKING
 
+from mpiddl.base.settings import Settings
 from mpiddl.comm.clocks import offsets_of_nodes
-from mpiddl.comm.layout import exchange
+from mpiddl.comm.layout import Layout, exchange
+from mpiddl.comm.messages import Messages
+from mpiddl.comm.windows import Windows
 from mpiddl.launch import library
 from mpiddl.observe import flight_recorder
 from mpiddl.observe.heartbeats import Heartbeats, process_name
@@ -18,46 +22,43 @@ from mpiddl.observe.job import Job
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-    from mpiddl.comm.world import World
-
 __all__ = ["begin_reporting"]
 
 
-def begin_reporting(world: World, comm: MPI.Comm) -> None:
+def begin_reporting(
+    comm: MPI.Comm, layout: Layout, messages: Messages, windows: Windows, settings: Settings
+) -> None:
     """Have this rank's events kept, and its signs of life shown to the other ranks of its node.
 
-    Collective.
-
-    Args:
-        world: The world of ``mpiddl.init()``. None of its messages may be in flight.
-        comm: The communicator of that world.
+    Collective over ``comm``. No message of ``messages``, which are between its ranks, may be in
+    flight.
     """
-    nodes, node_rank = world.layout.nodes, world.node_rank
-    clocks = exchange(comm, offsets_of_nodes(world.messages, world.layout, world.rank))
-    offset, error = clocks[nodes[node_rank][0]]
+    rank, size = comm.Get_rank(), comm.Get_size()
+    clocks = exchange(comm, offsets_of_nodes(messages, layout, rank))
+    offset, error = clocks[layout.nodes[layout.node_rank][0]]
     job = Job(
         name=exchange(comm, _new_name())[0],
-        rank=world.rank,
-        size=world.size,
-        hosts=tuple(exchange(comm, world.hostname)),
-        nodes=nodes,
-        node_rank=node_rank,
-        local_rank=world.local_rank,
+        rank=rank,
+        size=size,
+        hosts=tuple(exchange(comm, socket.gethostname())),
+        nodes=layout.nodes,
+        node_rank=layout.node_rank,
+        local_rank=layout.local_rank,
         clock=(offset, error),
         mpi=library.describe()["library"] or "",
-        timeout=world.settings.timeout,
-        trace=world.settings.trace,
+        timeout=settings.timeout,
+        trace=settings.trace,
     )
-    flight_recorder.begin(job, _heartbeats(world, comm) if world.size > 1 else None)
+    flight_recorder.begin(job, _heartbeats(comm, layout, windows) if size > 1 else None)
 
 
-def _heartbeats(world: World, comm: MPI.Comm) -> Heartbeats | None:
-    window = world.windows.allocate(Heartbeats.NBYTES)
+def _heartbeats(comm: MPI.Comm, layout: Layout, windows: Windows) -> Heartbeats | None:
+    window = windows.allocate(Heartbeats.NBYTES)
     names = exchange(comm, process_name())
-    processes = [names[rank] for rank in world.layout.nodes[world.node_rank]]
     if window is None:
         return None
-    return Heartbeats(window.memory, window.part_bytes, world.layout.place, processes)
+    processes = [names[rank] for rank in layout.nodes[layout.node_rank]]
+    return Heartbeats(window.memory, window.part_bytes, layout.place, processes)
 
 
 def _new_name() -> str:

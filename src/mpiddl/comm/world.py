@@ -288,7 +288,7 @@ def init(comm: MPI.Comm | None = None, *, device: str | torch.device | None = No
             launch.local_rank,
             world.local_rank,
         )
-    begin_reporting(world, world._comm)
+    begin_reporting(world._comm, world.layout, world.messages, world.windows, settings)
     share_cores(world.layout.cores, world.layout.sharers)
     if settings.offer_rank:
         offers.offer(world.rank, world.size, world.local_rank)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from mpiddl.base.waits import ALREADY, Wait, Waits
 from mpiddl.comm.kept import keep_until
@@ -14,7 +15,6 @@ from mpiddl.observe.events import Kind, record
 
 if TYPE_CHECKING:
     from mpiddl.comm.world import World
-    from mpiddl.engine.engine import Engine
 
 __all__ = ["Label", "Work", "keep_while_working"]
 
@@ -25,6 +25,16 @@ class Label(NamedTuple):
     model: int
     bucket: int
     nbytes: int
+
+
+class _Engine(Protocol):
+    """Drives works."""
+
+    def poll(self) -> None:
+        """Help everything in flight on by one round."""
+
+    def drive(self, works: Collection[Work]) -> None:
+        """Help everything in flight on until all of ``works`` are complete."""
 
 
 class Work:
@@ -41,7 +51,7 @@ class Work:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: _Engine,
         waits: Waits[Any],
         world: World,
         result: Any = None,
