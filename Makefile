@@ -131,8 +131,8 @@ test-rest: install
 # Two at a time: a job waits more than it computes, for launchers, for limits, for ranks to be gone.
 # Programs that end well go beside those whose shared memory is looked at afterwards. Each has a
 # folder for temporary files of its own: an mpirun that ends removes what one that starts has made.
-PROGRAMS := $(patsubst %,tests/jobs/test_%.py,bench bench_overlap charlm data_report digits linear mnist recommender reinforce \
-	risk slurm_command textclass tune)
+PROGRAMS := $(patsubst %,tests/jobs/test_%.py,bench bench_overlap charlm data_report digits launch linear mnist recommender \
+	reinforce risk slurm_command textclass tune)
 JOBS = tmp=$$(mktemp -d) && MPI=$(MPI) TMPDIR=$$tmp $(BIN)/$(PYTEST) $(SMOKE:%=--deselect %)
 
 test-jobs: install

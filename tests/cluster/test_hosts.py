@@ -14,7 +14,7 @@ FEW = [f"{RANKS}/test_{name}.py" for name in ("every_collective", "all_reduce", 
 MORE = [f"{RANKS}/test_{name}.py" for name in ("data_parallel", "engine", "many_at_once")]
 
 
-@pytest.mark.by_day(2)
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize(
     ("options", "files"),
     [

@@ -81,7 +81,7 @@ def test_every_collective_and_algorithm_is_right(start, tmp_path, collective, dt
         assert seen == {"auto", "library", "gloo"}
 
 
-@pytest.mark.by_day(3)
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -109,7 +109,7 @@ def test_what_cannot_be_measured_is_said_once(start, arguments, words):
     assert "Traceback" not in job.both
 
 
-@pytest.mark.by_day(3)
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -162,6 +162,7 @@ def test_one_rank_alone(start):
     assert job.out.count(" gloo ") == 1
 
 
+@pytest.mark.by_day(0)
 def test_a_full_disk_is_one_error(start):
     flags = ["--sizes", "1KiB", "--repeats", "1", "--algorithms", "auto", "--json", "/dev/full"]
     job = start(2, with_status("all-reduce", *flags))

@@ -70,6 +70,7 @@ def test_windows_cover_the_text():
     assert all(torch.equal(codes + 1, following) for codes, following in windows)
 
 
+@pytest.mark.by_day(0)
 def test_a_file_that_is_missing_is_one_error(start, tmp_path):
     job = start(2, program("charlm", "--data", tmp_path / "none.txt", "--out", tmp_path))
 

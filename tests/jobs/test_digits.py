@@ -38,7 +38,7 @@ def test_an_uneven_last_batch_on_three_ranks(start, tmp_path, algorithm):
     assert "replicas bitwise equal" in job.out
 
 
-@pytest.mark.by_day(2)
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -12,6 +12,7 @@ import time
 import psutil
 import pytest
 from conftest import MPIRUN, SOON
+from matrix import times
 
 WORK_FOR_EVER = """
     import sys, time, torch, mpiddl
@@ -61,7 +62,7 @@ def test_a_status_of_one_rank_is_the_jobs(start, shared_memory_files, action, st
 
 
 @pytest.mark.library
-@pytest.mark.by_day(2)
+@pytest.mark.by_day(1)
 @pytest.mark.parametrize(
     ("action", "words"),
     [
@@ -148,7 +149,7 @@ thread.join()
     ids=["nothing", "zero", "caught", "in a thread"],
 )
 @pytest.mark.library
-@pytest.mark.by_day(2)
+@pytest.mark.by_day(1)
 def test_leaving_without_a_status_is_no_failure(start, action):
     job = start(2, f"import sys, mpiddl\nmpiddl.init()\nmpiddl.barrier()\n{action}")
 
@@ -201,7 +202,7 @@ def test_an_error_before_a_work_completes_ends_the_job(start):
         work.wait()
         mpiddl.barrier()
     """
-    for engine in ("inline", "thread"):
+    for engine in ("thread", "inline")[: times(2)]:
         job = start(2, code, env={"MPIDDL_ENGINE": engine})
         assert job.status != 0
         assert "ValueError: in flight" in job.err

@@ -167,7 +167,7 @@ def test_usr1_saves_and_leaves_with_a_status_of_its_own(start, tmp_path, whole):
     assert f"SIGUSR1: saved after step {step}, leaves with status 75; go on with --resume" in said
 
     # A new start would mix two runs' checkpoints: it is refused, and nothing is lost.
-    job = start(2, [*DIGITS, "--out", str(out)])
+    job = start(None, [*DIGITS, "--out", str(out)])
     assert job.status == 2
     assert "has checkpoints of a run that is not finished: go on with it by --resume" in job.err
     assert _last_step(out) == step
@@ -271,7 +271,7 @@ def test_a_checkpoint_of_another_job_is_refused(start, tmp_path):
             optimizer=None, batches=None, progress=None)
     """
     assert start(1, script).status == 0
-    job = start(2, [*DIGITS, "--out", str(tmp_path), "--resume"])
+    job = start(None, [*DIGITS, "--out", str(tmp_path), "--resume"])
     assert job.status == 2
     assert job.err.count("error: ") == 1
     assert "is of another model: the checkpoint has 'weight', this model not" in job.err

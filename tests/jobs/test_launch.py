@@ -260,12 +260,6 @@ def test_doctor_for_people(start):
         assert sum(line.startswith(f"{row} ") for line in job.out.splitlines()) == 1, row
 
 
-@only_open_mpi
-def test_a_rank_alone_leaves_no_shared_memory(start, shared_memory_files):
-    assert start(None, REPORT).status == 0
-    assert shared_memory_files() == set()
-
-
 @with_one_mpi
 def test_doctor_exits_1_when_training_would_break(start):
     alone = start(None, ["mpiddl", "doctor"], env={"MPIDDL_CHUNKSIZE": "1MiB"})

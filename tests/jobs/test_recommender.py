@@ -70,6 +70,7 @@ def test_compare_tells_that_sparse_sends_less(start, tmp_path):
     assert found["sparse"][2] == pytest.approx(found["dense"][2], abs=1e-3)
 
 
+@pytest.mark.by_day(0)
 def test_a_file_that_is_not_there_is_one_error(start, tmp_path):
     job = start(2, program("recommender", "--data", tmp_path / "u.data", "--out", tmp_path / "out"))
 

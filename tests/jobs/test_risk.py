@@ -17,15 +17,20 @@ def auc_in(path):
     return roc_auc_score([int(s["label"]) for s in scores], [float(s["risk"]) for s in scores])
 
 
-def test_defaults_reach_the_auc_and_go_on_in_mid_epoch(start, tmp_path):
-    """398 rows in batches of 32: an epoch has 13 steps."""
-    command = program("risk", "--out", tmp_path, "--checkpoint-every", "20", "--keep", "99")
-    job = start(2, command)
+def test_defaults_reach_the_auc(start, tmp_path):
+    job = start(2, program("risk", "--out", tmp_path))
     assert job.status == 0, job.both
     assert job.err == ""
     assert rows(tmp_path)[-1]["AUC"] >= 0.98
     assert auc_in(tmp_path / "scores.csv") >= 0.98
     assert f"test AUC {auc_in(tmp_path / 'scores.csv'):.4f}" in job.out
+
+
+@pytest.mark.by_day(0)
+def test_it_goes_on_in_mid_epoch(start, tmp_path):
+    """398 rows in batches of 32: an epoch has 13 steps."""
+    command = program("risk", "--out", tmp_path, "--checkpoint-every", "20", "--keep", "99")
+    assert start(2, command).status == 0
     whole = (tmp_path / "model.safetensors").read_bytes()
 
     assert forget_all_but_the_first_checkpoint(tmp_path) == 20
@@ -67,6 +72,7 @@ def test_a_table_of_a_user_is_the_same_on_one_and_three_ranks(start, tmp_path):
             assert float(alone["risk"]) == pytest.approx(float(together["risk"]), abs=1e-3)
 
 
+@pytest.mark.by_day(0)
 def test_a_value_that_is_missing_is_one_error(start, tmp_path):
     path = table(tmp_path / "p.csv", 80, spoil=(5, 1, "nan"))
     flags = ["--data", path, "--label", "outcome", "--out", tmp_path / "out"]

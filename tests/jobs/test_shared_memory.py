@@ -107,6 +107,12 @@ def test_interpreter_ends_while_buffers_live(start, shared_memory_files):
     assert shared_memory_files() == set()
 
 
+def test_a_rank_alone_leaves_no_shared_memory(start, shared_memory_files):
+    """Started without a launcher; it loads Open MPI."""
+    assert start(None, "import mpiddl; mpiddl.init()").status == 0
+    assert shared_memory_files() == set()
+
+
 @pytest.mark.library
 def test_nothing_stays_behind_when_ranks_are_killed(tmp_path, shared_memory_files):
     script = tmp_path / "script.py"

@@ -108,6 +108,7 @@ def test_a_text_that_comes_twice_counts_once(tmp_path):
     assert len(train) + len(test) == 10
 
 
+@pytest.mark.by_day(0)
 def test_a_broken_text_is_one_error(start, tmp_path, folder):
     (folder / "cats" / "7.txt").write_bytes(b"caf\xe9")
     job = start(2, program("textclass", "--data", folder, "--out", tmp_path))

@@ -131,6 +131,7 @@ def test_calls_in_which_mpi_itself_waits(start, tmp_path, call):
     assert "rank 1 is late: it does not wait" in said_by(job, 0)
 
 
+@pytest.mark.by_day(0)
 def test_different_plans_where_nothing_checks(start, tmp_path):
     code = """
         import torch, mpiddl

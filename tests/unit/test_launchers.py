@@ -197,6 +197,7 @@ def test_defaults_are_set_only_where_the_user_has_not(monkeypatch):
         "OMPI_MCA_osc": "^ucx",
         "OMPI_MCA_mpi_yield_when_idle": "1",
         "I_MPI_FABRICS": "shm",
+        "OMPI_MCA_btl": "^ofi,openib",
     }
     environ = {"OMPI_MCA_osc": "ucx"}
     assert set_defaults(environ, roomy) == {"OMPI_MCA_btl_tcp_eager_limit": str(EAGER_BYTES)}

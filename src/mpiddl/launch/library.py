@@ -51,6 +51,9 @@ def set_defaults(environ: MutableMapping[str, str], launch: Launch) -> dict[str,
     if launch.size is not None and launch.size == launch.local_size:
         # Intel MPI looks for a network first, although all ranks are on one node.
         wanted["I_MPI_FABRICS"] = "shm"
+        # Open MPI 5 sleeps for a second when it closes what looks for one (libfabric). Version 4
+        # is often told to leave openib out, which this setting would replace.
+        wanted["OMPI_MCA_btl"] = "^ofi,openib"
     else:
         # A message above the limit waits until the receiver's MPI is called and answers. The link
         # is idle meanwhile, and a receiver that computes is long in answering.
