@@ -11,7 +11,7 @@ from matrix import examples
 from samples import buffer_of, expected, seeded
 
 import mpiddl
-from mpiddl.collectives.channel import Channel
+from mpiddl.collectives.channel import MessageChannel
 from mpiddl.collectives.choose import ALGORITHMS
 from mpiddl.collectives.reduction import DTYPES, FLOATS, Reduction
 from mpiddl.devices.host import HOST
@@ -25,7 +25,7 @@ MESSAGE_ALGORITHMS = ("ring", "doubling", "direct", "reference")
 
 
 def run(world, algorithm, buffer, reduction, chunk_bytes):
-    channel, device = Channel(world, world.tags.foreground()), device_of(buffer)
+    channel, device = MessageChannel(world, world.tags.foreground()), device_of(buffer)
     waits = ALGORITHMS[algorithm].run(buffer, reduction, channel, device, chunk_bytes)
     engine_of(world).run(waits, world, device)
 
@@ -194,7 +194,7 @@ class Watched:
         return self.seen
 
 
-class WatchedChannel(Channel):
+class WatchedChannel(MessageChannel):
     """Keeps count of what is under way: memory that MPI reads or writes."""
 
     def __init__(self, world, tag):

@@ -14,7 +14,7 @@ from samples import buffer_of, expected
 import mpiddl
 from mpiddl.base.waits import ALREADY
 from mpiddl.collectives.barrier import barrier
-from mpiddl.collectives.channel import Channel
+from mpiddl.collectives.channel import MessageChannel
 from mpiddl.collectives.reduction import Reduction
 from mpiddl.collectives.ring import ring_all_reduce
 from mpiddl.comm.messages import Credits
@@ -49,7 +49,7 @@ def reduction(world, tag, buffer, before=None):
     """The ring; ``before`` is waited for first."""
     if before is not None:
         yield before
-    channel = Channel(world, tag)
+    channel = MessageChannel(world, tag)
     yield from ring_all_reduce(buffer, Reduction("sum"), channel, device_of(buffer), CHUNK_BYTES)
 
 
@@ -194,7 +194,7 @@ def test_a_thread_gets_its_result_while_another_waits(world, agree):
     waiting = threading.Thread(target=held.wait)
     waiting.start()
 
-    driver.run(barrier(Channel(world, world.tags.keep(1)[0])), world)
+    driver.run(barrier(MessageChannel(world, world.tags.keep(1)[0])), world)
     gate.released = True
     waiting.join(timeout=300)
 
@@ -213,7 +213,7 @@ def test_ctrl_c_in_a_collective_is_no_completion(world, agree):
     driver = Engine()
     with pytest.raises(KeyboardInterrupt):
         driver.submit(interrupted(), world).wait()
-    work = driver.run(barrier(Channel(world, world.tags.keep(1)[0])), world)
+    work = driver.run(barrier(MessageChannel(world, world.tags.keep(1)[0])), world)
     agree(work is None and not driver._in_flight, "the interrupted work is still there")
 
 
@@ -234,7 +234,7 @@ def test_who_is_crowded(world, agree):
 def test_a_free_credit_goes_to_the_most_urgent(world, agree):
     """Two collectives want to send more than there are credits; the later one is more urgent."""
     room, driver = Credits(1), Engine()
-    channel = Channel(world, 0, room=room)
+    channel = MessageChannel(world, 0, room=room)
     posted, sends = [], []
 
     def sending(name, count):
@@ -300,7 +300,7 @@ def test_an_urgent_bucket_overtakes_a_large_one_in_the_middle(world, agree, engi
     complete = []
 
     def reducing(tag, buffer, gate=None):
-        channel = Channel(world, tag, room=room)
+        channel = MessageChannel(world, tag, room=room)
         device = device_of(buffer)
         waits = ring_all_reduce(buffer, Reduction("sum"), channel, device, CHUNK_BYTES)
         for turn, wait in enumerate(waits):

@@ -12,7 +12,7 @@ import torch
 from samples import buffer_of, expected, seeded
 
 import mpiddl
-from mpiddl.collectives.channel import Channel
+from mpiddl.collectives.channel import MessageChannel
 from mpiddl.collectives.choose import ALGORITHMS
 from mpiddl.collectives.node.lanes import kept_lanes, place_of
 from mpiddl.collectives.reduction import DTYPES, Reduction
@@ -161,7 +161,7 @@ def channels(world):
     """Two places of their own, as buckets have them."""
     tags = world.tags.keep(2)
     lanes = kept_lanes(world, 2)
-    yield [Channel(world, tag, lane=lane) for tag, lane in zip(tags, lanes, strict=True)]
+    yield [MessageChannel(world, tag, lane=lane) for tag, lane in zip(tags, lanes, strict=True)]
     world.tags.give_back(tags)
 
 

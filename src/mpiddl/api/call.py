@@ -12,7 +12,7 @@ import torch
 
 from mpiddl.base.waits import Waits
 from mpiddl.collectives import objects
-from mpiddl.collectives.channel import Channel
+from mpiddl.collectives.channel import Channel, MessageChannel
 from mpiddl.collectives.node.lanes import Foreground
 from mpiddl.comm.world import World
 from mpiddl.devices.base import Device
@@ -127,7 +127,7 @@ def new_channel(world: World, lanes: Foreground | None = None) -> Channel:
     earlier = world.service(_AsyncWorks).get(tag)
     if earlier is not None and not earlier.complete:
         engine_of(world).drive([earlier])
-    return Channel(world, tag, lane=lanes.next() if lanes else None)
+    return MessageChannel(world, tag, lane=lanes.next() if lanes else None)
 
 
 def run(world: World, waits: Waits[Any], device: Device = HOST) -> Any:

@@ -8,7 +8,7 @@ from mpiddl.api.arguments import flat
 from mpiddl.api.call import TensorOrArray, launch
 from mpiddl.base.units import integer
 from mpiddl.collectives import send_recv as algorithm
-from mpiddl.collectives.channel import Channel
+from mpiddl.collectives.channel import Channel, MessageChannel
 from mpiddl.comm.world import World, current_world
 from mpiddl.devices.base import Buffer
 from mpiddl.devices.registry import device_of
@@ -114,5 +114,5 @@ def _message(tensor: object, peer: int, tag: int, world: World) -> tuple[Buffer,
         raise ValueError(
             f"peer {peer} is not another rank than {world.rank} in a world of {world.size}"
         )
-    channel = Channel(world, world.tags.of_user(integer(tag, "tag")))
+    channel = MessageChannel(world, world.tags.of_user(integer(tag, "tag")))
     return flat(tensor, any_dtype=True), peer, channel

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
+from typing import Protocol
 
 import torch
 
 from mpiddl.base.waits import ALREADY, Wait
 from mpiddl.collectives.node.lane import Lane
+from mpiddl.comm.layout import Layout
 from mpiddl.comm.messages import Credits
 from mpiddl.comm.native import Native
 from mpiddl.comm.world import World
@@ -16,10 +18,52 @@ from mpiddl.devices.base import Buffer
 from mpiddl.devices.registry import device_of
 from mpiddl.observe.events import Kind, record, recorder
 
-__all__ = ["Channel", "bytes_of"]
+__all__ = ["Channel", "MessageChannel", "bytes_of"]
 
 
-class Channel:
+class Channel(Protocol):
+    """The messages of one collective, as its algorithm sees them.
+
+    Attributes:
+        world: The ranks.
+        rank: This process among the ranks that take part.
+        size: Number of ranks that take part.
+        layout: Which of the world's ranks are on which node.
+        lane: Where the ranks of this node meet in shared memory; None: nowhere.
+        native: The MPI library's own collectives.
+        tag: Tells these messages from all others.
+    """
+
+    world: World
+    rank: int
+    size: int
+    layout: Layout
+    lane: Lane | None
+    native: Native
+    tag: int
+
+    def among(self, ranks: Sequence[int]) -> Channel:
+        """The same messages between some ranks only, this one among them; numbered from 0."""
+        ...
+
+    def send(self, buffer: Buffer, peer: int) -> Wait:
+        """Send ``buffer``, which must stay as it is until the wait is done."""
+        ...
+
+    def room_after(self, outstanding: Sequence[Wait]) -> Wait:
+        """Done when one more message may be sent after these, which are not known to be done."""
+        ...
+
+    def send_after(self, outstanding: Sequence[Wait], buffer: Buffer, peer: int) -> Wait:
+        """As ``send``; counts for ``room_after`` unless it is the only one outstanding."""
+        ...
+
+    def receive(self, buffer: Buffer, peer: int) -> Wait:
+        """``buffer`` holds what ``peer`` sent once the wait is done."""
+        ...
+
+
+class MessageChannel:
     """One collective's messages, kept apart from all others by their tag.
 
     Two collectives on one channel must not overlap; one after the other is fine, since
@@ -27,14 +71,11 @@ class Channel:
 
     Args:
         world: The ranks.
-        tag: From ``world.tags``.
-        native: For algorithms that the MPI library runs; default the world's own.
-        lane: For algorithms that go through shared memory.
-        room: For messages beyond the first; default without a bound.
-        urgency: Of the collective, among those that share the room.
-
-    Attributes:
-        layout: Which of the world's ranks are on which node.
+        tag: A tag of ``world.tags``.
+        native: The MPI library's collectives, for algorithms that it runs; default the world's own.
+        lane: The lane for algorithms that go through shared memory.
+        room: A bound on messages beyond the first; default none.
+        urgency: The urgency of this collective among those that share the room.
     """
 
     __slots__ = (
@@ -70,7 +111,7 @@ class Channel:
         self.size = world.size
         self._ranks: Sequence[int] = range(world.size)
 
-    def among(self, ranks: Sequence[int]) -> Channel:
+    def among(self, ranks: Sequence[int]) -> MessageChannel:
         """The same messages between some ranks only, this one among them; numbered from 0."""
         part = copy(self)
         part.rank = ranks.index(self._ranks[self.rank])

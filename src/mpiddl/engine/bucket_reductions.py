@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from mpiddl.base.waits import ALREADY, Queue, Wait, Waits, in_turn
-from mpiddl.collectives.channel import Channel
+from mpiddl.collectives.channel import Channel, MessageChannel
 from mpiddl.collectives.choose import ALGORITHMS, Chosen, choose
 from mpiddl.collectives.nccl import make_communicator
 from mpiddl.collectives.node.lane import Lane
@@ -88,7 +88,7 @@ class BucketReductions:
         self._chosen = [self._choose(self._algorithm, bucket.buffer) for bucket in buckets]
         self.ordered = any(chosen.algorithm.ordered for chosen in self._chosen)
         self._channels = [
-            Channel(self.world, tag, self._native, lane, self._credits, number)
+            MessageChannel(self.world, tag, self._native, lane, self._credits, number)
             for number, (tag, lane) in enumerate(zip(self._tags, self._lanes, strict=True))
         ]
 

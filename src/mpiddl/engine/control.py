@@ -8,7 +8,7 @@ from typing import Any
 from mpiddl.base.waits import Waits
 from mpiddl.collectives import objects
 from mpiddl.collectives.all_gather import all_gather
-from mpiddl.collectives.channel import Channel
+from mpiddl.collectives.channel import Channel, MessageChannel
 from mpiddl.collectives.choose import chunk_bytes_for
 from mpiddl.collectives.doubling import doubling_all_reduce
 from mpiddl.collectives.reduction import Reduction
@@ -35,7 +35,7 @@ class Control:
         self.rank, self.size = world.rank, world.size
         self._engine = engine_of(world)
         self._tags = world.tags.keep(2)
-        self._channel, self._background = (Channel(world, tag) for tag in self._tags)
+        self._channel, self._background = (MessageChannel(world, tag) for tag in self._tags)
 
     def largest(self, buffer: Buffer) -> None:
         """Make ``buffer`` the elementwise maximum over ranks."""

@@ -10,7 +10,7 @@ import torch
 
 from mpiddl.base.plain import gapless, overwrite
 from mpiddl.collectives.broadcast import broadcast
-from mpiddl.collectives.channel import Channel, bytes_of
+from mpiddl.collectives.channel import MessageChannel, bytes_of
 from mpiddl.collectives.choose import chunk_bytes_for
 from mpiddl.comm.world import World
 from mpiddl.devices.registry import device_of
@@ -274,7 +274,7 @@ def broadcast_state(model: torch.nn.Module, world: World, root: int = 0) -> None
     copies = [(tensor.detach(), gapless(tensor)) for _, tensor in named_state(model)]
     works = []
     for _, copy in copies:
-        channel = Channel(world, world.tags.foreground())
+        channel = MessageChannel(world, world.tags.foreground())
         device = device_of(copy)
         waits = broadcast(bytes_of(copy), root, channel, chunk_bytes_for(device, world))
         works.append(engine.submit(waits, world, device=device))
