@@ -78,7 +78,7 @@ def flat(tensor: Any, any_dtype: bool = False) -> Buffer:
 
 
 def _from_cupy(array: Any) -> torch.Tensor:
-    """The same memory. torch's stream waits for what CuPy was asked so far."""
+    """A torch tensor of the same memory. torch's stream waits for what CuPy was asked so far."""
     if not array.flags.c_contiguous:
         raise UnsupportedBufferError(
             f"a non-contiguous array (shape {array.shape}, strides {array.strides}); pass "

@@ -48,7 +48,7 @@ class Checked:
         check: Whether calls are compared; None: as MPIDDL_CHECK says.
 
     Attributes:
-        lengths: Of an all-to-all: the elements that go to each rank, and those that come from
+        lengths: In an all-to-all, the elements that go to each rank, and those that come from
             each. What one rank sends, another must expect.
 
     Raises:
@@ -149,7 +149,7 @@ def launch(
 def start(
     waits: Waits[Any], world: World, result: T, async_: bool, device: Device = HOST
 ) -> T | Work:
-    """As ``launch``, for a collective on the channel that was made last."""
+    """Launch a collective on the channel that was made last; see ``launch``."""
     started = launch(waits, world, result, async_, device)
     if isinstance(started, Work):
         world.service(_AsyncWorks)[world.tags.last] = started

@@ -32,7 +32,7 @@ def empty(
     ``world`` that it was made for.
 
     Args:
-        shape: Of the tensor.
+        shape: The tensor's shape.
         dtype: One that can be reduced.
         device: The CPU or a GPU; default ``world.device``.
         world: The ranks; default those of ``mpiddl.init()``.

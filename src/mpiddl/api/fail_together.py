@@ -51,9 +51,9 @@ def raise_together(
     """Raise an error on every rank if one of them has a problem. Collective.
 
     Args:
-        problem: What went wrong on this rank; None: nothing.
+        problem: A message about what went wrong on this rank; None if all went well.
         world: The ranks; default those of ``mpiddl.init()``.
-        kind: Of the error.
+        kind: The class of the error.
     """
     world = world or current_world()
     found = gather_json([problem, world.hostname], world=world)
@@ -74,12 +74,12 @@ def work_together(
     that no longer calls it is stuck, and ends the job after MPIDDL_TIMEOUT.
 
     Args:
-        work: What this rank does; ranks may do different things, or nothing.
+        work: A function that does this rank's part; ranks may do different things, or nothing.
         world: The ranks; default those of ``mpiddl.init()``.
-        kind: Of the error.
+        kind: The class of the error.
 
     Returns:
-        What this rank's ``work`` returned.
+        The result of this rank's ``work``.
 
     Raises:
         DataError, CheckpointError: Of this ``kind``, on every rank, once all are through:
@@ -122,8 +122,8 @@ class _Signs:
 
 
 def _meet(through: bool, problem: str | None, world: World) -> list[list[object]]:
-    """What every rank says of its work. Those that still work come here as often as those that
-    are through, since each meeting takes all of them."""
+    """Gather one line about each rank's work. Collective, so ranks that still work come here as
+    often as those that are through."""
     found = gather_json([through, problem, world.hostname], world=world)
     activity.moved()
     return cast("list[list[object]]", found)
@@ -132,7 +132,7 @@ def _meet(through: bool, problem: str | None, world: World) -> list[list[object]
 def _first_error(
     found: Sequence[Sequence[object]], kind: type[DataError | CheckpointError]
 ) -> DataError | CheckpointError | None:
-    """Made of what each rank said: its problem, if it has one, and its host."""
+    """The error to raise for ``found``: of each rank its problem, if it has one, and its host."""
     failed = [rank for rank, (text, _) in enumerate(found) if text is not None]
     if not failed:
         return None

@@ -36,17 +36,17 @@ _copy = ctypes.memmove
 
 
 class _Plan(NamedTuple):
-    """What is the same for all reductions of one op, dtype and length.
+    """A reduction of one op, dtype and length, as far as it is the same for all tensors.
 
     Attributes:
         op: sum, min, max or prod.
-        nbytes: Of a buffer.
-        weight: Of every rank.
-        weights: The same, as a list.
+        nbytes: Size of one buffer in bytes.
+        weight: The weight of every rank, if it is the same.
+        weights: That weight once for each rank.
         shown: Per lane and place: where all ranks show their buffers, and this rank's address;
             empty for large buffers, None until it is first used.
-        met: What all ranks noted -> how their buffers are reduced; None: not in one piece, or not
-            all in one window.
+        met: How buffers are reduced, by what all ranks noted about them; None: not in one piece,
+            or not all in one window.
     """
 
     op: str
@@ -61,9 +61,9 @@ class _Met(NamedTuple):
     """Buffers in windows, of which this rank adds one piece.
 
     Attributes:
-        parts: Of all ranks.
-        targets: The same, this rank's first.
-        weights: Of all ranks.
+        parts: The piece in the buffer of every rank.
+        targets: The same pieces, this rank's first.
+        weights: The weight of every rank.
     """
 
     parts: list[Buffer]

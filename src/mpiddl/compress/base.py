@@ -36,8 +36,8 @@ class GradientBucket:
         number: This bucket's place in the plan, the same on every rank.
         buffer: The gradients, one after the other, in memory that ends up in ``param.grad``.
         names: Names of the parameters whose gradients are in it, whole or in part.
-        weight: What this rank's gradients are multiplied by before they are added up. The weights
-            of all ranks sum to 1.
+        weight: The factor of this rank's gradients, by which they are multiplied before they are
+            added up. The factors of all ranks sum to 1.
     """
 
     number: int
@@ -54,9 +54,9 @@ class GradientBucket:
 
         Args:
             buffer: A tensor of the same length and dtype on every rank, in any memory.
-            weight: What this rank's is multiplied by; pass ``bucket.weight`` here unless the values
+            weight: The factor of this rank's tensor; pass ``bucket.weight`` here unless the values
                 are weighted already.
-            algorithm: As for ``mpiddl.all_reduce``; default the model's.
+            algorithm: An algorithm of ``mpiddl.all_reduce``; default the model's.
         """
         reduce = self._reductions.all_reduce
         return self._in_turn(lambda: reduce(self.number, buffer, weight, algorithm))
@@ -112,10 +112,10 @@ class Codec:
         raise NotImplementedError
 
     def plan_changed(self, buckets: Sequence[Bucket]) -> None:
-        """From the next backward on these are the buckets."""
+        """These are the buckets from the next backward on."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed job must know, as JSON and tensors."""
+        """The state that a resumed job must know, as JSON and tensors."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -123,7 +123,7 @@ class Codec:
 
 
 def hook_of(codec: Codec, reductions: BucketReductions) -> Callable[[Bucket, float], Waits[None]]:
-    """What ``reductions`` runs for a bucket and this rank's weight in place of an all-reduce."""
+    """The function that ``reductions`` runs for a bucket in place of an all-reduce."""
 
     def exchange(bucket: Bucket, weight: float) -> Waits[None]:
         seen = GradientBucket(bucket.number, bucket.buffer, bucket.names, weight, reductions)

@@ -28,7 +28,7 @@ FURTHER_SENDS = 4
 for an urgent bucket to overtake a large one in the middle."""
 
 Hook = Callable[[Bucket, float], Waits[None]]
-"""What a user does with a bucket in place of its all-reduce, and this rank's weight."""
+"""Exchanges a bucket, in which this rank has a weight, in place of the all-reduce."""
 
 
 class BucketReductions:
@@ -36,11 +36,11 @@ class BucketReductions:
 
     Args:
         world: The ranks.
-        algorithm: Of the all-reduce, or ``"auto"``.
+        algorithm: Name of the all-reduce algorithm, or ``"auto"``.
         model: Number of the model, in events.
 
     Attributes:
-        device: That the buckets are on.
+        device: The device that the buckets are on.
         ordered: Buckets must be started in plan order, since a library runs their all-reduce.
         threaded: Whether the engine's thread drives them.
     """
@@ -165,7 +165,7 @@ class BucketReductions:
 
     @property
     def tags(self) -> Sequence[int]:
-        """Of the buckets' messages, in plan order."""
+        """The tags of the buckets' messages, in plan order."""
         return self._tags
 
     def close(self) -> None:

@@ -67,7 +67,7 @@ class Control:
     ) -> Work:
         """Start what ``collective`` makes of messages and their chunk size; one such at a time.
 
-        ``device`` is whose memory the caller leaves to it.
+        ``device`` is the device whose memory the caller leaves to it.
         """
         waits = collective(self._background, chunk_bytes_for(device, self._world))
         return self._engine.submit(waits, self._world, device=device)

@@ -1,4 +1,4 @@
-"""Drives every collective in flight, from a thread of its own or from whoever comes by."""
+"""Drives every collective in flight, from its own thread or from any rank's thread that waits."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ class Engine:
     every wait. Works that are ``threaded`` are polled by a daemon thread as well.
 
     Args:
-        threaded: What works are that do not say.
-        crowded: More ranks than cores: who waits leaves the core to others at once.
-        torch_threads: Of the thread, for additions.
-        gpu: The thread's, as torch counts; None: none.
+        threaded: Whether works are threaded that do not say.
+        crowded: There are more ranks than cores, so a rank that waits yields its core at once.
+        torch_threads: Number of torch threads that the engine's thread adds with.
+        gpu: Number of the GPU that the thread works on, as torch counts; None: none.
     """
 
     NUDGE_SECONDS = 100e-6
@@ -90,13 +90,13 @@ class Engine:
 
         Args:
             waits: The collective.
-            world: Whose it is.
-            result: What its ``wait()`` returns; default is what the generator returns.
-            priority: Those with higher ones are polled first, and post their chunks first.
+            world: The ranks of the collective.
+            result: The value that its ``wait()`` returns; default: the generator's own result.
+            priority: Works with higher ones are polled first, and post their chunks first.
             threaded: Whether the engine's thread polls it too; default on GPUs, where it may.
-            label: Under which its end is recorded.
-            device: Whose memory the caller leaves to it until ``wait()`` returns.
-            after: Where the caller has no device to tell: before that it does not begin.
+            label: The bucket under which its end is recorded.
+            device: The device whose memory the caller leaves to it until ``wait()`` returns.
+            after: The collective begins once this wait is done; for callers without a device.
         """
         if device.late:
             waits, after = _to_the_end(waits, device), device.settled()
@@ -125,7 +125,7 @@ class Engine:
     def run(self, waits: Waits[Any], world: World, device: Device = HOST) -> Any:
         """Run a collective to its end in the caller's thread; return its result.
 
-        ``device`` is whose memory the caller leaves to it.
+        ``device`` is the device whose memory the caller leaves to it.
         """
         result = self._run(waits, world, device)
         device.hand_back()
@@ -173,7 +173,7 @@ class Engine:
         return bool(self._in_flight) and time.perf_counter() - self._polled >= self.NUDGE_SECONDS
 
     def nudge(self) -> None:
-        """As ``poll``, if that is due."""
+        """Poll, if that is due."""
         if self.nudge_is_due:
             self.poll()
 

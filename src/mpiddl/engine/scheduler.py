@@ -37,9 +37,9 @@ class Scheduler:
     Attributes:
         backwards: Number of backwards that have begun so far.
         arrived: Parameters in the order in which their gradients came in this backward.
-        works: Of each bucket, in this backward; None before it is started.
+        works: The work of each bucket in this backward; None before it is started.
         late: Whether the host runs ahead of the gradients.
-        seconds: That ``ready`` has taken in this backward; of a host that runs ahead none.
+        seconds: Time spent in ``ready`` in this backward; zero where the host runs ahead.
         exposed: Seconds that ``wait`` has spent on each bucket so far.
     """
 
@@ -185,8 +185,8 @@ class Scheduler:
         return all(work is None or work.complete for work in works)
 
     def outlast(self, buckets: Collection[Bucket] | None = None) -> None:
-        """Until these buckets, or all, are complete, or the caller's GPU has done all that it was
-        asked so far: what ``wait`` takes after that nothing hides."""
+        """Wait until these buckets, or all, are complete, or the caller's GPU has done all that it
+        was asked so far: nothing hides what ``wait`` takes after that."""
         found = (self.works[b.number] for b in (self._buckets if buckets is None else buckets))
         works = [work for work in found if work is not None]
         self._engine.drive(works, self._gradients.device.settled().done)
@@ -222,7 +222,7 @@ class Scheduler:
         )
 
     def describe(self) -> str:
-        """Where this model's backward is, in words, for the watchdog's thread."""
+        """This model's backward in words, for the watchdog's thread."""
         if not self.backwards:
             return f"model {self._model} has begun no backward yet"
         open_ = [self._in_words(bucket) for bucket in self._buckets if not self._is_over(bucket)]

@@ -20,7 +20,7 @@ __all__ = ["Label", "Work", "keep_while_working"]
 
 
 class Label(NamedTuple):
-    """What a work is for, as events have it."""
+    """The bucket that a work reduces, as events name it."""
 
     model: int
     bucket: int
@@ -43,10 +43,10 @@ class Work:
     Made by calls with ``async_=True``. The buffer must be left alone until ``wait()`` returns.
 
     Attributes:
-        world: Whose collective it is.
-        priority: As given to the engine.
+        world: The ranks of the collective.
+        priority: Works with higher ones are advanced first.
         threaded: Whether the engine's thread polls it too.
-        seconds: From its start to its end, once it is complete.
+        seconds: Time from its start to its end, once it is complete.
     """
 
     def __init__(
@@ -129,8 +129,7 @@ class Work:
 
 
 def keep_while_working(device: Device, given_up: object) -> None:
-    """What was given up in the middle holds the memory that ``device`` was told to work on: keep
-    that until it has."""
+    """Keep ``given_up``, which holds memory that ``device`` was told to work on, until it has."""
     if device.late:
         with suppress(Exception):  # a GPU that fails works on nothing, and its error comes first
             keep_until(device.fence().done, given_up)

@@ -41,7 +41,7 @@ def describe(
     Args:
         plan: Buckets of the trained parameters with dense gradients.
         state: All parameters and buffers, trained or not.
-        algorithm: Of the all-reduce.
+        algorithm: Name of the all-reduce algorithm.
         sparse: Names of the trained parameters with sparse gradients.
     """
     kinds = dict.fromkeys((spec.name for spec in plan.parameters), "trained")

@@ -23,7 +23,7 @@ SMALL_BYTES = 16 << 10
 
 
 def spec_of(name: str, parameter: torch.Tensor) -> ParameterSpec:
-    """What ranks must agree on about a parameter or buffer.
+    """The facts about a parameter or buffer that ranks must agree on.
 
     A gradient has the parameter's own strides (channels_last too) where these are gapless,
     else the nearest gapless ones.
@@ -64,12 +64,12 @@ class Gradients:
     Gradients exist once: what is taken in is from then on a view of an arena.
 
     Args:
-        plan: Where each gradient is.
+        plan: The place of each gradient.
         parameters: In the model's order.
         arenas: Memory, by dtype.
 
     Attributes:
-        device: That they are on.
+        device: The device that they are on.
         buckets: In plan order.
         views: Each parameter's gradient, in the model's order.
         together_in: The bucket with which a small gradient is brought in; None for large ones.
@@ -114,7 +114,7 @@ class Gradients:
             bucket.together = [m for m in bucket.members if self.together_in[m] is bucket]
 
     def buckets_of(self, member: int) -> Sequence[Bucket]:
-        """Those that a parameter's gradient is in."""
+        """The buckets that a parameter's gradient is in."""
         return self._buckets_of[member]
 
     def came(self, member: int) -> None:
@@ -157,7 +157,7 @@ class Gradients:
         self._parameters[member].grad = view
 
     def _after(self, member: int) -> AbstractContextManager[object]:
-        """What is asked within comes after the gradient, and before its memory is given away."""
+        """Run what is asked inside once the gradient is there, before its memory is given away."""
         return self.device.after((self._caller_of[member],))
 
     def fill(self, bucket: Bucket) -> None:

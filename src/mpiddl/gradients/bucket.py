@@ -12,7 +12,7 @@ __all__ = ["Bucket", "State"]
 
 
 class State(enum.Enum):
-    """Where a bucket is on its way through a step."""
+    """The states of a bucket on its way through a step."""
 
     FILLING = "filling"
     READY = "ready"
@@ -24,13 +24,13 @@ class Bucket:
     """One stretch of gradients.
 
     Attributes:
-        number: In plan order.
+        number: Its place in plan order.
         buffer: The gradients' memory.
         members: Parameters (their places in the model) whose gradients are in it.
         names: The names of these parameters.
-        together: Those of them that are brought in when the last gradient is here.
+        together: Members whose gradients are brought in when the last gradient is here.
         num_missing: How many of their gradients are not here yet.
-        state: What has become of it in this step.
+        state: Its state in this step.
         callers: The streams on which its gradients came.
     """
 

@@ -23,7 +23,7 @@ def refuse_difference(
     Compares one checksum; only if it differs, one per tensor.
 
     Args:
-        named: Of this rank.
+        named: Names and tensors of this rank.
         gather_json: Gives a list of every rank's value to every rank.
 
     Raises:

@@ -16,9 +16,9 @@ def check_finite(policy: str, name: str, gradient: torch.Tensor, world: World) -
 
     Args:
         policy: ``"warn"`` or ``"error"``.
-        name: Of the parameter.
-        gradient: Before it is reduced.
-        world: For the rank.
+        name: Name of the parameter.
+        gradient: Its gradient before it is reduced.
+        world: The ranks, of which the message names this one.
 
     Raises:
         GradientError: With ``"error"``.

@@ -212,7 +212,7 @@ def _remove(parameter: torch.nn.Parameter) -> None:
 
 @functools.cache
 def watch_steps() -> None:
-    """From now on call ``step_begins(optimizer, in_backward)`` of the wrappers whose parameters an
+    """Call from now on ``step_begins(optimizer, in_backward)`` of the wrappers whose parameters an
     optimizer of torch's is about to step, in this whole process.
 
     So steps of gradients that no rank has reduced are found.

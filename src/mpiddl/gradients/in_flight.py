@@ -1,4 +1,4 @@
-"""What ``param.grad`` is while it is being reduced."""
+"""The value of ``param.grad`` while it is being reduced."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def guard(gradient: torch.Tensor) -> InFlight:
 
 
 def two_backwards() -> GradientError:
-    """What to raise when autograd has added to a gradient in flight."""
+    """The error for a gradient in flight to which autograd has added."""
     return GradientError(
         "two backwards after one another, while gradients of the first are in flight: call "
         "optimizer.wait_for_gradients() between them"

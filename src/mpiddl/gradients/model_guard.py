@@ -1,4 +1,4 @@
-"""Is the model still the one that was wrapped?"""
+"""Compares a model with the one that was wrapped."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ModelGuard:
         return (m for table in self._child_tables for m in table.values() if m is not None)
 
     def changed(self) -> bool:
-        """As ``retrained``, and whether the model has these parameters still.
+        """Whether parameters were frozen or unfrozen, in a model that has the same ones still.
 
         Raises:
             GradientError: The model has other parameters, or has them elsewhere.

@@ -14,13 +14,13 @@ EDGE_BUCKET_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """What ranks must agree on about one parameter (or buffer).
+    """The facts about one parameter (or buffer) that ranks must agree on.
 
     Attributes:
-        name: As in ``model.named_parameters()``.
+        name: Its name in ``model.named_parameters()``.
         shape: Its shape.
-        strides: Of its gradient in memory; they decide the order of elements.
-        dtype: For example ``"float32"``.
+        strides: The strides of its gradient in memory; they decide the order of elements.
+        dtype: Its dtype, for example ``"float32"``.
         itemsize: Bytes per element.
     """
 
@@ -44,7 +44,7 @@ class PlannedBucket:
     """A stretch of an arena that is reduced as one buffer.
 
     Attributes:
-        dtype: Of the arena.
+        dtype: The dtype of the arena.
         start: First element.
         stop: One past the last element.
         members: Parameters (their places in the model's order) whose gradients are in it, whole or
@@ -68,7 +68,7 @@ class BucketPlan:
 
     Attributes:
         parameters: In the model's order.
-        offsets: Where each parameter's gradient starts in the arena of its dtype.
+        offsets: The place at which each parameter's gradient starts in the arena of its dtype.
         buckets: In the order in which they are expected to fill.
     """
 

@@ -24,7 +24,7 @@ class NotPlain(NamedTuple):
 
 
 def why_not_plain(tensor: torch.Tensor) -> NotPlain | None:
-    """What ``tensor`` is that has no plain memory to exchange; None if it has."""
+    """The kind of a tensor that has no plain memory to exchange; None if it has."""
     apart = (
         "keep it as a plain attribute of its module, or register its parts (indices and values, "
         "say) as dense buffers"

@@ -101,7 +101,7 @@ class Strategy:
         """Wait until all that steps have left to do is done."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed job must know, as JSON and tensors."""
+        """The state that a resumed job must know, as JSON and tensors."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

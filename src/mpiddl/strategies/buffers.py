@@ -32,11 +32,11 @@ class _Placed(NamedTuple):
     """A buffer in the packed bytes.
 
     Attributes:
-        name: As in ``named_buffers()``.
-        dtype: For example ``"float32"``.
+        name: Its name in ``named_buffers()``.
+        dtype: Its dtype, for example ``"float32"``.
         shape: Its shape.
-        strides: Of its elements there.
-        nbytes: Its size there.
+        strides: The strides of its elements among the packed bytes.
+        nbytes: Its size in bytes.
     """
 
     name: str

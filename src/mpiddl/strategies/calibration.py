@@ -27,11 +27,11 @@ CLEARLY = 1.02
 
 
 class Choice(NamedTuple):
-    """What can be chosen by measuring.
+    """A choice that is made by measuring.
 
     Attributes:
         bucket_size: In bytes.
-        engine: Who drives buckets.
+        engine: The name of what drives buckets.
     """
 
     bucket_size: int
@@ -48,11 +48,11 @@ class Calibration:
     names a file, it is kept there, and the next job with this model on such ranks begins with it.
 
     Args:
-        options: What the user has chosen is not tried.
+        options: The user's options; what was chosen there is not tried.
         world: The ranks.
         control: Carries the ranks' times.
         model: A fingerprint of the model.
-        kind: Of the device that it is on, ``"cpu"`` or ``"cuda"``: what is fast there.
+        kind: The kind of device that it is on, ``"cpu"`` or ``"cuda"``.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Calibration:
         return choices if world.size > 1 else choices[:1]
 
     def _known(self, choices: list[Choice]) -> list[Choice]:
-        """What an earlier job found out, if it is one of these choices; else all."""
+        """The choice that an earlier job found best, if it is one of these; else all."""
         if len(choices) == 1:
             return choices
         found = None
@@ -105,7 +105,7 @@ class Calibration:
         return len(self._choices) == 1
 
     def after_backward(self) -> Choice | None:
-        """What the next backward is to use, if that is something else. Collective at the end."""
+        """The choice for the next backward, if that is another one. Collective at the end."""
         if len(self._choices) == 1:
             return None
         began, self._ended = self._ended, time.perf_counter()
@@ -140,7 +140,7 @@ def fastest(seconds: Sequence[Sequence[float]]) -> int:
     clearly better.
 
     Args:
-        seconds: Of each choice, by rank.
+        seconds: The times of each choice, by rank.
     """
     slowest = [max(of_ranks) for of_ranks in zip(*seconds, strict=True)]
     best = min(range(len(slowest)), key=slowest.__getitem__)

@@ -1,4 +1,4 @@
-"""What users choose when they wrap a model."""
+"""The options that users choose when they wrap a model."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ BUCKET_BYTES, GPU_BUCKET_BYTES = 4 << 20, 25 << 20
 
 @dataclass(frozen=True)
 class Options:
-    """As the arguments of ``DataParallel``, with the settings' defaults filled in.
+    """The options of ``DataParallel``, with the settings' defaults filled in.
 
     Attributes:
-        bucket_size: In bytes; None to measure it.
-        engine: Who drives buckets; ``"auto"`` to measure it.
+        bucket_size: The largest bucket in bytes; None to measure it.
+        engine: The name of what drives buckets; ``"auto"`` to measure it.
     """
 
     bucket_size: int | None

@@ -24,7 +24,7 @@ class Plans:
     """Plans, the same on every rank.
 
     Args:
-        options: What the user chose.
+        options: The options that the user chose.
         world: The ranks.
         control: Carries what they agree on.
     """
@@ -47,7 +47,7 @@ class Plans:
         return plan_buckets(specs, choice.bucket_size), choice
 
     def describe(self) -> dict[str, Any]:
-        """What was found out: plain JSON, for ``adopt``."""
+        """The choices that were made by measuring: plain JSON, for ``adopt``."""
         assert self._calibration is not None
         settled = self._calibration.settled
         return {
@@ -56,7 +56,7 @@ class Plans:
         }
 
     def adopt(self, plan: BucketPlan, found: Mapping[str, Any]) -> tuple[BucketPlan, Choice]:
-        """What an earlier job with these parameters found out counts from the next backward on;
+        """Use from the next backward on what an earlier job with these parameters found out;
         the same on every rank."""
         assert self._calibration is not None
         self._calibration.settle(found["settled"])
@@ -67,8 +67,8 @@ class Plans:
         return plan_buckets(plan.parameters, choice.bucket_size, order=self._order), choice
 
     def next(self, plan: BucketPlan, arrived: Sequence[int]) -> tuple[BucketPlan, Choice] | None:
-        """What follows ``plan`` with the next backward, if it changes. Collective: all ranks come
-        here after each backward.
+        """The plan that follows ``plan`` with the next backward, if it changes. Collective: all
+        ranks come here after each backward.
 
         Args:
             plan: The present one.

@@ -193,8 +193,7 @@ class Replica:
         return next(at for at, (_, hooked) in enumerate(self._hooked) if hooked is parameter)
 
     def _begin(self, forwards: int | None) -> None:
-        """Before anything is reduced. ``forwards`` were run for this backward; None: this rank has
-        no samples."""
+        """Prepare a backward for which ``forwards`` were run; None: this rank has no samples."""
         # After a forward through the wrapper only this can have changed: the whole comparison
         # takes five times as long.
         self._keep_up(self._guard.retrained() if self._compared else self._guard.changed())
@@ -237,7 +236,7 @@ class Replica:
         self._finish()
 
     def begin_together(self) -> None:
-        """Before ``join()``: ranks begin with the same plan. Collective."""
+        """Let all ranks enter ``join()`` with the same plan. Collective."""
         self._keep_up(self._guard.changed())
 
     def shadow_begin(self, weight: float) -> None:

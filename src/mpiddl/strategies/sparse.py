@@ -33,8 +33,8 @@ class SparseGradients:
     no rank has a gradient, ``grad`` stays None.
 
     Args:
-        names: Of these parameters, in the model's order.
-        parameters: The same.
+        names: Names of these parameters, in the model's order.
+        parameters: The parameters.
     """
 
     def __init__(self, names: Sequence[str], parameters: Sequence[torch.nn.Parameter]) -> None:
@@ -55,7 +55,7 @@ class SparseGradients:
         """Make each gradient the weighted sum over all ranks. Collective.
 
         Args:
-            weight: This rank's.
+            weight: The weight of this rank's gradients.
             world: The ranks.
             control: Carries the entries.
         """

@@ -1,4 +1,4 @@
-"""What the exchange of one model has cost."""
+"""The costs of the exchange of one model."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class BucketStats:
     """One bucket of the present plan, since it was laid out.
 
     Attributes:
-        nbytes: Of its gradients.
+        nbytes: Size of its gradients in bytes.
         parameters: Names of the parameters whose gradients are in it, whole or in part.
-        exchanges: So far.
-        in_flight_seconds: From launch to completion, in all exchanges. On a GPU the launch is
+        exchanges: Number of exchanges so far.
+        in_flight_seconds: Time from launch to completion, in all exchanges. On a GPU the launch is
             before the gradients are there.
-        exposed_seconds: What the main thread waited for it, in all exchanges.
+        exposed_seconds: Time that the main thread waited for it, in all exchanges.
     """
 
     nbytes: int
@@ -43,13 +43,13 @@ class Stats:
     Attributes:
         backwards: Backward passes whose gradients were reduced.
         reduced_bytes: Gradient bytes that went through the all-reduce.
-        compute_seconds: Of forwards in training and backwards, without the exposed time. On a GPU
-            with what the host waited for it at the end of backward.
+        compute_seconds: Time of forwards in training and of backwards, without the exposed time.
+            On a GPU with what the host waited for it at the end of backward.
         communication_seconds: The times of all buckets in flight, which overlap each other, added.
-        exposed_seconds: In which the main thread did communication or waited for it, gradient
+        exposed_seconds: Time in which the main thread did communication or waited for it, gradient
             hooks included: what the computation did not hide. On a GPU, which computes on
             meanwhile, without the hooks.
-        buckets: Of the present plan.
+        buckets: The buckets of the present plan.
     """
 
     backwards: int = 0
@@ -81,7 +81,7 @@ class Accounts:
 
     @contextmanager
     def exposed(self) -> Iterator[None]:
-        """What is done inside is exposed; inside another such block it is already."""
+        """Count the time inside as exposed; inside another such block it is counted already."""
         if self._exposes:
             yield
             return
@@ -94,7 +94,7 @@ class Accounts:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """What is done inside waits for what a GPU computes: it is not exposed."""
+        """Count the time inside, a wait for what a GPU computes, as computation."""
         began = time.perf_counter()
         yield
         seconds = time.perf_counter() - began
@@ -112,7 +112,7 @@ class Accounts:
         self._since = self.clock()
 
     def lay_out(self, buckets: Sequence[Bucket], names: Sequence[str]) -> None:
-        """From now on these are the buckets, of parameters with ``names`` in the model's order."""
+        """Count for these buckets from now on; ``names`` are the parameters', in model order."""
         self.stats.buckets = [
             BucketStats(bucket.buffer.nbytes, [names[member] for member in bucket.members])
             for bucket in buckets
@@ -144,7 +144,7 @@ class Accounts:
 
 
 def _grad_fn_of(output: Any) -> torch.autograd.graph.Node | None:
-    """Where backward begins: of the first tensor in a model's output."""
+    """The node at which backward begins: that of the first tensor in a model's output."""
     if isinstance(output, torch.Tensor):
         return output.grad_fn
     if isinstance(output, dict):

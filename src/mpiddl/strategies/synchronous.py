@@ -37,7 +37,7 @@ class Synchronous(Strategy):
     have the same gradients.
 
     Args:
-        options: What the user chose.
+        options: The options that the user chose.
         codec: Exchanges each bucket in place of an all-reduce; None: nothing does.
 
     Attributes:
@@ -209,7 +209,7 @@ class Synchronous(Strategy):
             self._warn_of_foreign_gradients()
 
     def _warn_of_foreign_gradients(self) -> None:
-        """After a forward that no backward has followed, gradients should be those of before."""
+        """Gradients should be the old ones after a forward that no backward has followed."""
         views = self.gradients.views
         for name, parameter, view in zip(self.names, self.parameters, views, strict=True):
             gradient = parameter.grad

@@ -20,9 +20,9 @@ class Unused:
     it by: its momentum and weight decay rest too.
 
     Args:
-        parameters: In the model's order.
-        names: Theirs.
-        static: The same ones take no part in every backward: find out once.
+        parameters: The parameters with dense gradients, in the model's order.
+        names: Names of these parameters.
+        static: The same parameters take no part in every backward, so they are found out once.
 
     Attributes:
         here: The parameters without a gradient on this rank, as far as that is known when a
@@ -53,8 +53,8 @@ class Unused:
         """End a backward. Collective, unless all is known already.
 
         Args:
-            absent: Got no gradient on this rank; None: it took no part at all.
-            control: Carries what was used.
+            absent: Parameters that got no gradient on this rank; None: it took no part at all.
+            control: Carries the agreement.
         """
         if not self._known:
             count = len(self._parameters)
@@ -84,6 +84,6 @@ class Unused:
             )
 
     def restore(self) -> None:
-        """What no rank used has no gradient."""
+        """Take the gradient from parameters that no rank used."""
         for member in self.untouched:
             self._parameters[member].grad = None

@@ -36,7 +36,7 @@ def clip_grad_norm_(
     same gradients. With an ``OverlappedOptimizer`` it waits for them.
 
     Args:
-        parameters: Those whose gradients are one vector; ``model.parameters()``.
+        parameters: The parameters whose gradients are taken for one vector; ``model.parameters()``.
         max_norm: The largest norm that is left as it is.
         norm_type: 1, 2, infinity, or any other positive p.
         error_if_nonfinite: Raise if the norm is NaN or infinite; else the gradients become NaN or
@@ -81,7 +81,7 @@ def _scale(gradients: Sequence[torch.Tensor], factor: torch.Tensor) -> None:
 
 
 def _norm(gradients: Sequence[torch.Tensor], p: float) -> torch.Tensor:
-    """Of all elements of all gradients."""
+    """The norm of all elements of all gradients."""
     flat = [flat for flat in map(_flat, gradients) if flat.numel()]
     if not flat:
         return torch.tensor(0.0)
@@ -96,7 +96,7 @@ def _norm(gradients: Sequence[torch.Tensor], p: float) -> torch.Tensor:
 
 
 def _norms(flat: Sequence[torch.Tensor], p: float) -> torch.Tensor:
-    """Of each piece of each gradient, in a fixed order, in float64."""
+    """The norm of each piece of each gradient, in a fixed order, in float64."""
     norms, short = [], []
     for gradient in flat:
         whole = (gradient.numel() - 1) // PIECE * PIECE

@@ -56,14 +56,15 @@ class DataParallel(torch.nn.Module):
         bucket_size: Largest bucket, in bytes or as ``"25MiB"``, or ``"auto"`` to measure it in the
             first steps; default MPIDDL_BUCKET_SIZE, and 25 MiB on a GPU where that is not set.
         algorithm: All-reduce algorithm; default MPIDDL_ALGORITHM, else ``"auto"``.
-        engine: Who drives the exchange: ``"inline"``, the gradient hooks; ``"thread"``, a thread as
-            well; ``"after"``, nobody before backward is over; ``"auto"``, measured in the first
+        engine: What drives the exchange: ``"inline"``, the gradient hooks; ``"thread"``, a thread
+            as well; ``"after"``, nobody before backward is over; ``"auto"``, measured in the first
             steps; default MPIDDL_ENGINE.
         check: Compare names, shapes, strides, dtypes and buckets between ranks first, so that a
             difference is an error that names the parameter and not a hang.
         find_unused_parameters: Parameters may get no gradient, different ones on each rank and in
             each step. Costs a small exchange at the end of each backward.
-        static_graph: As that, but the same parameters get none in every step: found out once.
+        static_graph: Parameters may get no gradient, the same ones in every step: they are found
+            out once.
         broadcast_buffers: At the end of each backward all ranks get rank 0's buffers.
         rebuild_buckets: After the first backward buckets follow the order in which gradients
             came on rank 0.
@@ -182,7 +183,7 @@ class DataParallel(torch.nn.Module):
 
     @property
     def share(self) -> int:
-        """What this rank's loss weighs, in relation to other ranks'."""
+        """The weight of this rank's loss in relation to other ranks'."""
         samples = None if self._replica is None else self._replica.samples
         return 1 if samples is None else samples
 
@@ -300,11 +301,11 @@ class DataParallel(torch.nn.Module):
             self._strategy.synchronize()
 
     def stats(self) -> Stats:
-        """What the exchange has cost since the model was wrapped."""
+        """The costs of the exchange since the model was wrapped."""
         return Stats() if self._strategy is None else copy.deepcopy(self._strategy.count())
 
     def choices(self) -> dict[str, Any]:
-        """What was found out in the first steps, about buckets and engine: plain JSON."""
+        """The choices of buckets and engine that were made in the first steps: plain JSON."""
         return self.strategy.state_dict()
 
     def adopt_choices(self, found: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ __all__ = ["SyncBatchNorm", "adopt_batch_norms"]
 
 
 class _Wrapper(Protocol):
-    """What a layer asks the DataParallel around it."""
+    """The properties of a ``DataParallel`` that the layers in it use."""
 
     @property
     def world(self) -> World:
@@ -42,12 +42,12 @@ class SyncBatchNorm(_BatchNorm):
     Args:
         num_features: Channels.
         eps: Added to the variance.
-        momentum: Of the running statistics; None: their plain mean.
+        momentum: Momentum of the running statistics; None: they are plain means.
         affine: Learn a weight and a bias.
         track_running_stats: Keep the statistics that eval mode uses.
         world: The ranks; default those of ``mpiddl.init()``.
-        device: Of the parameters and buffers.
-        dtype: Of the parameters and buffers.
+        device: The device of parameters and buffers.
+        dtype: The dtype of parameters and buffers.
 
     Shape:
         ``(N, C, ...)`` in and out. 16-bit inputs are computed with in float32.
@@ -153,7 +153,7 @@ class SyncBatchNorm(_BatchNorm):
         return self.world or current_world()
 
     def share(self) -> int:
-        """What this rank's loss weighs, in relation to other ranks'."""
+        """The weight of this rank's loss in relation to other ranks'."""
         wrapper = _wrappers.get(self, _nobody)()
         return 1 if wrapper is None else wrapper.share
 

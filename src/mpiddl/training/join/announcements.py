@@ -35,7 +35,7 @@ NO_SAMPLES = -1
 
 
 class Operation(enum.IntEnum):
-    """What a rank does next. In brackets: its subject."""
+    """The next action of a rank. In brackets: its subject."""
 
     LEFT = 0  # nothing more: it takes part in what the others do
     ALL_GATHER = 1  # a row of float64 [its length]
@@ -61,19 +61,19 @@ class Joinable(Protocol):
         """Take part in every bucket with what is in it already; must not block."""
 
     def shadow_finish(self) -> None:
-        """What the other ranks do at the end of that backward."""
+        """Take part in what the other ranks do at the end of that backward."""
 
 
 @dataclass(frozen=True)
 class Announced:
-    """What all ranks said.
+    """The announcements of all ranks.
 
     Attributes:
-        operation: Of all ranks that have not left; LEFT if all have.
-        subject: Its length, or number of a model.
+        operation: The operation of all ranks that have not left; LEFT if all have.
+        subject: The length of a row, or the number of a model.
         active: The ranks that have not left.
-        samples: By rank, NO_SAMPLES outside ``model.batch()``; 0 for ranks that have left.
-        holders: By rank, a bit for each model that holds gradients which are not reduced.
+        samples: Samples by rank, NO_SAMPLES outside ``model.batch()``; 0 for ranks that have left.
+        holders: For each rank, a bit for each model that holds gradients which are not reduced.
     """
 
     operation: Operation
@@ -88,7 +88,7 @@ class Announcements:
 
     Args:
         world: The ranks.
-        models: What is trained, in the same order on every rank; 62 at most.
+        models: The models that are trained, in the same order on every rank; 62 at most.
         divide_by_world_size: Gradients are divided by the number of all ranks, also when some
             have left.
     """
@@ -133,8 +133,8 @@ class Announcements:
 
         Args:
             model: One of ``models``.
-            samples: Of this rank, inside ``model.batch()``.
-            total: Of all ranks, as far as this one was told.
+            samples: Samples of this rank inside ``model.batch()``; None outside.
+            total: Samples of all ranks, as far as this one was told.
 
         Raises:
             MismatchError: ``total`` is not what all ranks have.
@@ -199,7 +199,7 @@ def _different(rows: Sequence[Sequence[int]], one: int, other: int) -> MismatchE
 
 
 def announcements_of(world: World) -> Announcements | None:
-    """Where to announce collectives of ``world``; None outside ``join``."""
+    """The announcements of collectives of ``world``; None outside ``join``."""
     attendance = attendance_of(world)
     return attendance if isinstance(attendance, Announcements) else None
 

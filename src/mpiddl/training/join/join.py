@@ -57,8 +57,9 @@ def join(
     Args:
         models: The ``DataParallel`` models that are trained in the block, all on the same ranks;
             in the same order on every rank.
-        optimizers: What else must be equal afterwards: optimizers, learning rate schedulers,
-            anything with ``state_dict`` and ``load_state_dict`` of tensors and plain values.
+        optimizers: Other things that must be equal afterwards: optimizers, learning rate
+            schedulers, anything with ``state_dict`` and ``load_state_dict`` of tensors and plain
+            values.
         divide_by_world_size: Divide gradients by the number of all ranks, also when some have
             left, as torch's DDP does by default; for one backward per step.
 
@@ -141,7 +142,7 @@ def _make_equal(
     models: Sequence[DataParallel],
     optimizers: Sequence[Stateful],
 ) -> None:
-    """What a rank that left last has, on every rank."""
+    """Give every rank the state of a rank that left last."""
     for model in models:
         model.synchronize()  # what an OverlappedOptimizer still owes
         broadcast_state(model, announcements.world, announcements.root)

@@ -45,7 +45,7 @@ class OverlappedOptimizer(torch.optim.Optimizer):
             LBFGS do.
         model: A ``DataParallel``. The exchange of its gradients is what overlaps.
         params: Parameters or groups, as ``optimizer_class`` takes them; default the model's.
-        kwargs: For ``optimizer_class``.
+        kwargs: Keyword arguments of ``optimizer_class``.
 
     Raises:
         TypeError: ``model`` is not a ``DataParallel``.
@@ -182,17 +182,17 @@ class OverlappedOptimizer(torch.optim.Optimizer):
         self.wait_for_gradients()
 
     def state_dict(self) -> dict[str, Any]:
-        """As that of the plain optimizer, which can load it."""
+        """The state of the plain optimizer, which can load it."""
         self.synchronize()
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state_dict: Any) -> None:
-        """Also of a plain optimizer's."""
+        """Load the state of this optimizer or of a plain one."""
         self.synchronize()
         self.optimizer.load_state_dict(state_dict)
 
     def add_param_group(self, param_group: Group) -> None:
-        """As for the plain optimizer."""
+        """Add a group to the plain optimizer."""
         self.synchronize()
         self.optimizer.add_param_group(param_group)
         self._units = StepUnits(self._strategy, self.optimizer.param_groups)
@@ -300,7 +300,7 @@ class OverlappedOptimizer(torch.optim.Optimizer):
             self._use.begin()
 
     def _wait_for(self, parameters: Sequence[torch.Tensor]) -> None:
-        """Until they are updated: a forward is about to use them."""
+        """Wait until parameters that a forward is about to use are updated."""
         if not self._pending:
             return
         for parameter in parameters:

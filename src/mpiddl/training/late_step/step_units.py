@@ -13,7 +13,7 @@ from mpiddl.strategies.synchronous import Synchronous
 __all__ = ["Group", "StepUnits", "clear", "copied"]
 
 Group = dict[str, Any]
-"""Of an optimizer's ``param_groups``."""
+"""One of an optimizer's ``param_groups``."""
 
 
 class StepUnits:
@@ -21,13 +21,13 @@ class StepUnits:
 
     Attributes:
         gradients: The layout that this is for.
-        members: Of each unit, their places in the model.
-        parameters: The same parameters.
-        buckets: Of each unit, all that its gradients are in.
-        groups: Of each unit and each group of the optimizer, the parameters.
-        others: Of each group, the parameters that are not exchanged.
-        unit_of: By the identity of a parameter.
-        hidden: By parameter, what ``grad`` is while it is in flight.
+        members: The parameters of each unit, by their places in the model.
+        parameters: The parameters of each unit.
+        buckets: The buckets that the gradients of each unit are in.
+        groups: The parameters of each unit, by group of the optimizer.
+        others: The parameters of each group that are not exchanged.
+        unit_of: The unit of each parameter, by the parameter's identity.
+        hidden: The value of each parameter's ``grad`` while it is in flight.
     """
 
     def __init__(self, strategy: Synchronous, groups: Sequence[Group]) -> None:
@@ -54,7 +54,7 @@ class StepUnits:
 
 
 def copied(group: Group) -> Group:
-    """What it says now, whatever is written to it later."""
+    """A copy of a group without its parameters."""
     return {
         name: value.clone() if isinstance(value, torch.Tensor) else value
         for name, value in group.items()
