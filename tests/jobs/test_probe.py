@@ -70,6 +70,7 @@ def test_a_hang_is_an_answer(start, mark):
     assert not left_behind(mark)
 
 
+@pytest.mark.by_day(0)
 def test_what_cannot_start_is_no_answer(start, mark):
     code = RUN.replace('"--host-memory", ', "")  # and there is no GPU, or CuPy, of that number
     job = start(2, code, json.dumps([[60, mark]]))
@@ -129,6 +130,7 @@ VERDICT = """
 """
 
 
+@pytest.mark.by_day(0)
 def test_the_verdict_is_kept_for_the_next_job(start, tmp_path):
     cache = {"XDG_CACHE_HOME": str(tmp_path)}
     first = start(1, VERDICT, "--crash-at", "4096", env=cache)

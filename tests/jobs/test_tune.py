@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 USED = """
     import mpiddl
     import torch
@@ -43,6 +45,7 @@ def test_auto_goes_by_what_was_measured(start, tmp_path):
     assert "ring" not in other.out
 
 
+@pytest.mark.by_day(0)
 def test_rank_0s_table_counts_for_all_and_a_corrupt_one_is_ignored(start, tmp_path):
     (tmp_path / "broken.json").write_text("{")
     script = tmp_path / "use.sh"
@@ -63,6 +66,7 @@ def test_rank_0s_table_counts_for_all_and_a_corrupt_one_is_ignored(start, tmp_pa
     assert "/not/there" not in job.err
 
 
+@pytest.mark.by_day(0)
 def test_a_file_that_cannot_be_written_is_one_error(start):
     flags = ["--sizes", "8", "--repeats", "1", "--file", "/proc/none"]
     job = start(2, ["python", "-m", "mpiddl", "tune", *flags])

@@ -60,6 +60,7 @@ def test_a_rank_stuck_in_its_data_loader(start, tmp_path):
     assert "launched bucket 6 ('0.weight'), 58.6KiB" in shown.out
 
 
+@pytest.mark.by_day(0)
 def test_a_rank_stuck_in_the_middle_of_a_backward(start, tmp_path):
     action = "model.module[0].bias.register_hook(lambda gradient: time.sleep(1000))"
     job = run(start, tmp_path, TRAIN.format(action=action), MPIDDL_ENGINE="inline")
@@ -75,6 +76,7 @@ def test_a_rank_that_skipped_a_backward(start, tmp_path):
     assert "rank 1 is not there: its program has ended; model 1 has ended backward 4" in job.both
 
 
+@pytest.mark.by_day(0)
 def test_a_stopped_rank(start, tmp_path):
     job = run(start, tmp_path, TRAIN.format(action="os.kill(os.getpid(), signal.SIGSTOP)"))
 
