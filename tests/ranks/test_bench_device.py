@@ -19,7 +19,7 @@ from mpiddl.bench.lineup import candidates, stagings_of
 from mpiddl.bench.timing import seconds_of, wait_for
 from mpiddl.bench.tune import choices_of, tune
 from mpiddl.cli import bench
-from mpiddl.collectives.channel import Channel
+from mpiddl.collectives.channel import MessageChannel
 from mpiddl.comm.native import Native
 from mpiddl.devices.staging import Stage
 from mpiddl.errors import PeerError
@@ -188,7 +188,7 @@ def test_plain_messages_are_as_many_bytes_as_the_ring_s(
     if world.size == 1:
         pytest.skip("no neighbour")
     sent, slots = [], []
-    send, receive = Channel.send, Channel.receive
+    send, receive = MessageChannel.send, MessageChannel.receive
 
     def noted_send(channel, buffer, peer):
         sent.append((buffer.nbytes, peer))
@@ -208,8 +208,8 @@ def test_plain_messages_are_as_many_bytes_as_the_ring_s(
     with runtime.calling_from(stream):
         candidate.prepare(case, check=True)
         runtime.ask(stream, lambda: candidate._source.fill_(world.rank + 1), 0.02)
-        monkeypatch.setattr(Channel, "send", noted_send)
-        monkeypatch.setattr(Channel, "receive", noted_receive)
+        monkeypatch.setattr(MessageChannel, "send", noted_send)
+        monkeypatch.setattr(MessageChannel, "receive", noted_receive)
         candidate._call()
         monkeypatch.undo()
     left, right = (world.rank - 1) % world.size, (world.rank + 1) % world.size
