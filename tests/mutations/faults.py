@@ -28,7 +28,7 @@ class Fault(NamedTuple):
 RING = "collectives/ring.py"
 LANE = "collectives/node/lane.py"
 SHARED = "collectives/node/shared.py"
-QUICK = "api/quick.py"
+QUICK = "api/short_way.py"
 ENGINE = "engine/engine.py"
 SCHEDULER = "engine/scheduler.py"
 ALL_REDUCE = ("ranks/test_all_reduce.py", "ranks/test_every_collective.py")
@@ -226,7 +226,7 @@ FAULTS = (
     Fault(
         "scheduler: ordered algorithms start in any order",
         SCHEDULER,
-        "        if not self._ordered:\n",
+        "        if not self._reductions.ordered:\n",
         "        if True:\n",
         TRAINING,
     ),
@@ -246,14 +246,14 @@ FAULTS = (
     ),
     Fault(
         "training: every rank weighs the same, whatever it holds",
-        "training/weights.py",
-        "return samples / total",
-        "return 1 / model.world.size",
+        "strategies/weights.py",
+        "return 1 / self._size if samples is None or total is None else samples / total",
+        "return 1 / self._size",
         TRAINING,
     ),
     Fault(
         "unused: forgets gradients from before",
-        "training/unused.py",
+        "strategies/unused.py",
         "sorted(self._nowhere & self._empty)",
         "sorted(self._nowhere)",
         ("ranks/test_unused.py",),
